@@ -1,0 +1,193 @@
+"""The data that passes from ingestion to the graph: one frozen dataclass per thing that is stored.
+
+A `PromptRecord` is everything one prompt contributes, and is written in one transaction.
+Nodes are listed once, in `nodes`; edges and circuits refer to them by their place in that list.
+SCHEMA names what is stored, METHOD says what the numbers mean.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+SCHEMA_VERSION = 1
+
+
+class Kind(StrEnum):
+    """The kinds of circuit nodes, by the label that each carries besides CircuitNode."""
+
+    MLP = "MLP"
+    ATTN = "Attn"
+    EMBEDDING = "Embedding"
+    POSITION = "PositionEmbedding"
+    ERROR = "Error"
+    BIAS = "Bias"
+    LOGIT = "Logit"
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """A language model; `revision` is the sha256 of its weights or a hub's commit."""
+
+    id: str
+    architecture: str
+    n_layers: int
+    n_heads: int
+    d_model: int
+    d_head: int
+    n_ctx: int
+    d_vocab: int
+    revision: str
+    weight_processing: str
+
+
+@dataclass(frozen=True)
+class DictionaryRecord:
+    """A sparse dictionary at one site of one layer: `site` is attn or mlp, `kind` sae or transcoder."""
+
+    id: str
+    layer: int
+    site: str
+    kind: str
+    activation: str
+    hook_in: str
+    hook_out: str
+    d_in: int
+    d_sae: int
+    source: str
+    revision: str
+    sha256: str
+    explained_variance: float | None = None
+    l0: float | None = None
+
+
+@dataclass(frozen=True)
+class ReplacementModelRecord:
+    """A model and the dictionaries that stand in for its layers; `id` hashes all of them."""
+
+    id: str
+    name: str
+    model: ModelRecord
+    dictionaries: tuple[DictionaryRecord, ...]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One call of `atlas ingest`: its configuration as JSON and when it began (ISO 8601, UTC)."""
+
+    id: str
+    config: str
+    started_at: str
+    atlas_version: str
+
+
+@dataclass(frozen=True)
+class FiringRecord:
+    """Where one feature is active in a prompt: `positions` [n] ascending, `values` [n].
+
+    The feature is `<dictionary>/<index>`; `dictionary` is an id of the replacement model.
+    """
+
+    dictionary: str
+    index: int
+    positions: tuple[int, ...]
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class NodeRecord:
+    """One node of a prompt's attribution graphs; what does not apply to its kind is None.
+
+    `layer` is -1 for embeddings and n_layers for logits. Features have dictionary, index,
+    value, pre_activation, constant and unstored; embeddings token_id; errors norm;
+    logits token (text), logit, probability, pre_activation, constant and unstored, and `versus`
+    (text) where the root is a difference of two tokens; their logit and probability are then differences.
+    """
+
+    id: str
+    kind: Kind
+    position: int
+    layer: int
+    name: str
+    dictionary: str | None = None
+    index: int | None = None
+    site: str | None = None
+    value: float | None = None
+    pre_activation: float | None = None
+    constant: float | None = None
+    unstored: float | None = None
+    token_id: int | None = None
+    norm: float | None = None
+    token: str | None = None
+    versus: str | None = None
+    logit: float | None = None
+    probability: float | None = None
+
+
+@dataclass(frozen=True)
+class DirectEdges:
+    """DIRECT edges: `source` and `target` [n_edges] index the prompt's nodes, `weight` [n_edges]."""
+
+    source: NDArray[np.int64]
+    target: NDArray[np.int64]
+    weight: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class OVEdges:
+    """OV edges, one per head: all arrays [n_edges]; `source` and `target` index the prompt's nodes."""
+
+    source: NDArray[np.int64]
+    target: NDArray[np.int64]
+    layer: NDArray[np.int64]
+    head: NDArray[np.int64]
+    weight: NDArray[np.float64]
+    pattern: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class CircuitRecord:
+    """One root's circuit under one rule.
+
+    `root` indexes the prompt's nodes, `members` [n_nodes] too (the root among them), with their
+    `attribution` [n_nodes] to the root. `n_edges` counts the stored edges between members.
+    completeness + error_share + pruned_share = 1 (METHOD 4).
+    """
+
+    id: str
+    root: int
+    rule: str
+    threshold: float
+    members: NDArray[np.int64]
+    attribution: NDArray[np.float64]
+    n_edges: int
+    root_value: float
+    completeness: float
+    error_share: float
+    pruned_share: float
+
+
+@dataclass(frozen=True)
+class PromptRecord:
+    """Everything that one prompt contributes to the graph; written in one transaction.
+
+    `requests` says which circuits were asked for, as JSON strings that the ingestion compares on a
+    later run. `fields` are the input row's other fields, kept as they came.
+    """
+
+    id: str
+    replacement_model: str
+    text: str
+    token_ids: tuple[int, ...]
+    token_texts: tuple[str, ...]
+    requests: tuple[str, ...]
+    firings: tuple[FiringRecord, ...]
+    nodes: tuple[NodeRecord, ...]
+    direct: DirectEdges
+    ov: OVEdges
+    circuits: tuple[CircuitRecord, ...]
+    task: str | None = None
+    source: str | None = None
+    fields: Mapping[str, object] = field(default_factory=dict[str, object])
