@@ -1,0 +1,79 @@
+"""The command `atlas`: a group that finds its commands through the entry points `atlas.commands`.
+
+A command's module is imported only when that command runs or is described, so asking a question never
+waits for the libraries of ingestion. Bad input ends with one sentence on standard error and status 2.
+"""
+
+import sys
+from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points, version
+from typing import Any, TypeVar
+
+import click
+
+from atlas.errors import AtlasError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def store_option(command: F) -> F:
+    """The option --store (or ATLAS_STORE) that every command shares; the parameter is `store: str | None`."""
+    option = click.option(
+        "--store",
+        envvar="ATLAS_STORE",
+        metavar="DIR|URI",
+        help="Folder of the embedded database, or Bolt address of a Neo4j.  [default: atlas-store]",
+    )
+    return option(command)
+
+
+class _Commands(click.Group):
+    """Commands by entry point, loaded one at a time."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(_found())
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        entry = _found().get(cmd_name)
+        return entry.load() if entry else None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Names with the sentences below: describing the commands must not import them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, _SENTENCES.get(name, "")) for name in self.list_commands(ctx)])
+
+
+_SENTENCES = {
+    "cypher": "Run a Cypher query and print its rows.",
+    "ingest": "Trace prompts and store their circuits.",
+    "queries": "List the questions with their parameters.",
+    "query": "Ask one of the questions by name.",
+    "show": "Show a circuit as a tree.",
+    "status": "Say what a store holds.",
+    "verify": "Check everything that must hold in a store.",
+}
+
+
+def _found() -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group="atlas.commands")}
+
+
+@click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(version("circuit-atlas"), prog_name="atlas")
+def atlas() -> None:
+    """A graph database of circuits in language models."""
+
+
+def main() -> None:
+    """Run the command line; the exit status is 2 on bad input and 130 after Ctrl-C."""
+    try:
+        sys.exit(atlas.main(prog_name="atlas", standalone_mode=False) or 0)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except AtlasError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("Interrupted.", err=True)
+        sys.exit(130)
