@@ -28,6 +28,7 @@ from neo4j.graph import Path as GraphPath
 from atlas import embedded
 from atlas.columns import returned_columns
 from atlas.errors import AtlasError
+from atlas.schema import check_version
 
 DEFAULT_FOLDER = "atlas-store"
 CONNECTION_TIMEOUT = 15.0  # seconds
@@ -40,12 +41,17 @@ def connect(where: str | Path | None = None, *, create: bool = True) -> "Store":
 
     None means ATLAS_STORE of the environment, or else the folder `atlas-store` in the working
     directory. With `create` false a folder without a database is refused. Raises AtlasError when the
-    server is not there or refuses the password, and when the folder cannot be used.
+    server is not there or refuses the password, when the folder cannot be used, and when a newer
+    program wrote the database.
     """
     place = str(where or os.environ.get("ATLAS_STORE") or DEFAULT_FOLDER)
-    if "://" in place:
-        return _connect_neo4j(place)
-    return _open_folder(Path(place), create)
+    store = _connect_neo4j(place) if "://" in place else _open_folder(Path(place), create)
+    try:
+        check_version(store)
+    except BaseException:
+        store.close()
+        raise
+    return store
 
 
 class Store:

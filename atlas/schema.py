@@ -1,0 +1,71 @@
+"""What the graph is made of: labels with their keys and indexes, and the version of all that.
+
+Every key label has a uniqueness constraint on `id`, which is also the index that finds a node; what
+belongs to a prompt has an index on `prompt`. The version stands in the database itself, in the node
+(:Schema {id: 'atlas', version}), so that a program never touches a database of a newer one.
+"""
+
+from typing import TYPE_CHECKING, LiteralString
+
+import neo4j
+
+from atlas.errors import AtlasError
+from atlas.records import SCHEMA_VERSION
+
+if TYPE_CHECKING:
+    from atlas.store import Store
+
+KEY_LABELS: tuple[LiteralString, ...] = (
+    "Schema",
+    "Model",
+    "Dictionary",
+    "ReplacementModel",
+    "Run",
+    "Feature",
+    "Prompt",
+    "Token",
+    "Span",
+    "CircuitNode",
+    "AttentionScore",
+    "Circuit",
+)
+PROMPT_LABELS: tuple[LiteralString, ...] = ("Token", "Span", "CircuitNode", "AttentionScore", "Circuit")
+
+
+def prepare(store: "Store") -> None:
+    """Create constraints and indexes and record the version, unless this version did so already."""
+    if check_version(store) == SCHEMA_VERSION:
+        return
+    store.write(_create_schema)
+    store.write(_record_version)
+
+
+def check_version(store: "Store") -> int | None:
+    """The version that the database records; None where nothing was prepared yet.
+
+    Raises AtlasError if a newer program wrote the database.
+    """
+    found = store.read("MATCH (s:Schema {id: 'atlas'}) RETURN s.version AS version")["version"]
+    if found.empty:
+        return None
+    version = int(found.iloc[0])
+    if version > SCHEMA_VERSION:
+        raise AtlasError(
+            f"The database at {store.address} has schema {version}, and this program knows up to "
+            f"{SCHEMA_VERSION}; update circuit-atlas, or use another store."
+        )
+    return version
+
+
+def _create_schema(transaction: neo4j.ManagedTransaction) -> None:
+    for label in KEY_LABELS:
+        name = label.lower()
+        transaction.run(f"CREATE CONSTRAINT {name}_id IF NOT EXISTS FOR (n:{label}) REQUIRE n.id IS UNIQUE").consume()
+    for label in PROMPT_LABELS:
+        name = label.lower()
+        transaction.run(f"CREATE INDEX {name}_prompt IF NOT EXISTS FOR (n:{label}) ON (n.prompt)").consume()
+    transaction.run("CREATE INDEX prompt_task IF NOT EXISTS FOR (n:Prompt) ON (n.task)").consume()
+
+
+def _record_version(transaction: neo4j.ManagedTransaction) -> None:
+    transaction.run("MERGE (s:Schema {id: 'atlas'}) SET s.version = $version", {"version": SCHEMA_VERSION}).consume()
