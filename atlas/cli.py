@@ -4,6 +4,7 @@ A command's module is imported only when that command runs or is described, so a
 waits for the libraries of ingestion. Bad input ends with one sentence on standard error and status 2.
 """
 
+import os
 import sys
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points, version
@@ -74,6 +75,9 @@ def main() -> None:
     except AtlasError as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(2)
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (KeyboardInterrupt, click.Abort):
         click.echo("Interrupted.", err=True)
         sys.exit(130)

@@ -31,12 +31,12 @@ _COMMON: LiteralString = "id: row.id, prompt: row.prompt, layer: row.layer, posi
 _LINEAR: LiteralString = "pre_activation: row.pre_activation, constant: row.constant, unstored: row.unstored"
 # Labels besides CircuitNode, and properties besides the common ones.
 _KINDS: dict[Kind, tuple[LiteralString, LiteralString]] = {
-    Kind.MLP: ("Activation:MLP", ", value: row.value, " + _LINEAR),
-    Kind.ATTN: ("Activation:Attn", ", value: row.value, " + _LINEAR),
+    Kind.MLP: ("Activation:MLP", ", site: row.site, value: row.value, " + _LINEAR),
+    Kind.ATTN: ("Activation:Attn", ", site: row.site, value: row.value, " + _LINEAR),
     Kind.EMBEDDING: ("Embedding", ", token_id: row.token_id"),
     Kind.POSITION: ("PositionEmbedding", ""),
-    Kind.ERROR: ("Error", ", norm: row.norm"),
-    Kind.BIAS: ("Bias", ""),
+    Kind.ERROR: ("Error", ", site: row.site, norm: row.norm"),
+    Kind.BIAS: ("Bias", ", site: row.site"),
     Kind.LOGIT: (
         "Logit",
         ", token: row.token, versus: row.versus, logit: row.logit, probability: row.probability, " + _LINEAR,

@@ -1,0 +1,308 @@
+"""`atlas verify`: everything that must always hold in a store, checked in Cypher over all of it.
+
+Each check looks at one kind of thing and says whether it is as it must be; a value that is missing or not
+a number counts as a violation. Two of them measure:
+
+- The identity of METHOD 3, pre_activation = constant + sum of incoming DIRECT and OV weights + unstored.
+  Its residual is relative to |pre_activation|, but at least to a hundredth of the sum of all terms' sizes:
+  a value that is a small difference of large terms cannot be more exact than single precision makes these.
+- completeness + error_share + pruned_share = 1; its residual is the plain difference.
+
+Both may reach TOLERANCE. Checks about prompts run over batches of prompts, so that neither engine ever
+holds the whole store in one query.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import click
+
+from atlas.cli import store_option
+from atlas.store import Store, connect
+
+TOLERANCE = 1e-4
+PROMPTS_PER_QUERY = 20
+
+
+@dataclass(frozen=True)
+class Check:
+    """What one check found: `checked` things, `violations` among them, one of these by its id.
+
+    `worst` is the largest residual of a check that measures, and None for the others.
+    """
+
+    name: str
+    sentence: str
+    checked: int
+    violations: int
+    worst: float | None = None
+    example: str | None = None
+
+
+@dataclass(frozen=True)
+class _Question:
+    """A check as Cypher that ends with `id`, `ok` and `residual` of each thing in scope.
+
+    With `per_prompt` it is asked of $prompts, a list of ids; otherwise once of the whole store.
+    """
+
+    name: str
+    sentence: str
+    cypher: str
+    per_prompt: bool = True
+
+
+_SUMMARY = """
+RETURN count(*) AS checked, sum(CASE WHEN ok THEN 0 ELSE 1 END) AS violations, max(residual) AS worst,
+       head(collect(CASE WHEN ok THEN null ELSE id END)) AS example
+"""
+_RANK_U = "2 * u.layer + CASE WHEN u.site = 'mlp' THEN 1 ELSE 0 END"
+_RANK_V = "2 * v.layer + CASE WHEN v.site = 'mlp' THEN 1 ELSE 0 END"
+
+QUESTIONS = (
+    _Question(
+        "prompts",
+        "every prompt is complete, was traced by one replacement model, written by one run, and has its tokens",
+        """
+        UNWIND $prompts AS prompt
+        MATCH (p:Prompt {id: prompt})
+        WITH p, COUNT { (p)-[:TRACED_BY]->(:ReplacementModel) } AS models, COUNT { (:Run)-[:WROTE]->(p) } AS runs,
+             COUNT { (p)-[:HAS_TOKEN]->(:Token {prompt: p.id}) } AS tokens
+        WITH p.id AS id, null AS residual, p.complete AND models = 1 AND runs = 1 AND tokens = p.n_tokens AS ok
+        """,
+    ),
+    _Question(
+        "tokens",
+        "tokens stand in order: id, position, and one NEXT to the token after",
+        """
+        UNWIND $prompts AS prompt
+        MATCH (p:Prompt {id: prompt})-[:HAS_TOKEN]->(t)
+        OPTIONAL MATCH (t)-[:NEXT]->(after)
+        WITH p, t, count(after) AS n, max(after.position) AS next
+        WITH t.id AS id, null AS residual, t.id = p.id + '/' + toString(t.position) AND t.prompt = p.id
+             AND CASE WHEN t.position = p.n_tokens - 1 THEN n = 0 ELSE n = 1 AND next = t.position + 1 END AS ok
+        """,
+    ),
+    _Question(
+        "nodes",
+        "every circuit node is AT its one token, and its id says its prompt, position, layer and site",
+        """
+        UNWIND $prompts AS prompt
+        MATCH (v:CircuitNode {prompt: prompt})
+        OPTIONAL MATCH (v)-[:AT]->(t:Token)
+        WITH v, count(t) AS n, max(t.id) AS token, v.prompt + '/' + toString(v.position) AS place
+        WITH v.id AS id, null AS residual, n = 1 AND token = place AND CASE
+             WHEN v:Embedding THEN v.id = place + '/embedding' AND v.layer = -1
+             WHEN v:PositionEmbedding THEN v.id = place + '/position' AND v.layer = -1
+             WHEN v:Logit THEN v.id STARTS WITH place + '/logit/'
+             WHEN v:Error THEN v.id = place + '/' + toString(v.layer) + '/' + v.site + '/error'
+             WHEN v:Bias THEN v.id = place + '/' + toString(v.layer) + '/' + v.site + '/bias'
+             WHEN v:MLP THEN v.site = 'mlp' AND v.id STARTS WITH place + '/' + toString(v.layer) + '/mlp/'
+             WHEN v:Attn THEN v.site = 'attn' AND v.id STARTS WITH place + '/' + toString(v.layer) + '/attn/'
+             ELSE false END AS ok
+        """,
+    ),
+    _Question(
+        "activations",
+        "every activation is OF one feature of its layer and site",
+        """
+        UNWIND $prompts AS prompt
+        MATCH (v:Activation {prompt: prompt})
+        OPTIONAL MATCH (v)-[:OF]->(f:Feature)
+        WITH v, count(f) AS n, max(f.layer) AS layer, max(f.site) AS site, max(f.index) AS index
+        WITH v.id AS id, null AS residual, n = 1 AND layer = v.layer AND site = v.site
+             AND v.id ENDS WITH '/' + site + '/' + toString(index) AS ok
+        """,
+    ),
+    _Question(
+        "firings",
+        "positions and values of FIRES_ON belong together, and no feature fires twice on a prompt",
+        """
+        UNWIND $prompts AS prompt
+        MATCH (f:Feature)-[e:FIRES_ON]->(p:Prompt {id: prompt})
+        WITH f, p, count(e) AS n, head(collect(e)) AS e
+        WITH p, f, n, e.positions AS positions, e.values AS values, e.max AS most
+        WITH p.id + ' ' + f.id AS id, null AS residual, n = 1 AND size(positions) > 0 AND size(positions) = size(values)
+             AND positions[0] >= 0 AND positions[size(positions) - 1] < p.n_tokens
+             AND all(i IN range(1, size(positions) - 1) WHERE positions[i - 1] < positions[i])
+             AND all(x IN values WHERE x <= most) AND any(x IN values WHERE x = most) AS ok
+        """,
+    ),
+    _Question(
+        "inverted index",
+        "every activation after the first token is among what its feature fires on",
+        """
+        UNWIND $prompts AS prompt
+        MATCH (v:Activation {prompt: prompt})-[:OF]->(f:Feature) WHERE v.position > 0
+        OPTIONAL MATCH (f)-[e:FIRES_ON]->(p:Prompt {id: v.prompt})
+        WITH v, count(e) AS n, head(collect(e.positions)) AS positions
+        WITH v.id AS id, null AS residual, n > 0 AND v.position IN positions AS ok
+        """,
+    ),
+    _Question(
+        "edges",
+        "every edge stays in its prompt and runs forward: DIRECT at its position, OV from there or before",
+        f"""
+        UNWIND $prompts AS prompt
+        MATCH (u:CircuitNode {{prompt: prompt}})-[e:DIRECT|OV]->(v)
+        WITH u.id + ' -> ' + v.id AS id, null AS residual, v.prompt = u.prompt AND {_RANK_U} < {_RANK_V} AND CASE
+             WHEN e.weight IS NULL THEN false
+             WHEN type(e) = 'DIRECT' THEN u.position = v.position AND (v:MLP OR v:Logit)
+             ELSE u.position <= v.position AND v:Attn AND e.layer = v.layer AND e.head >= 0 END AS ok
+        """,
+    ),
+    _Question(
+        "single edges",
+        "no DIRECT edge stands twice between two nodes, and no OV edge twice for a head",
+        """
+        UNWIND $prompts AS prompt
+        MATCH (u:CircuitNode {prompt: prompt})-[e:DIRECT|OV]->(v)
+        WITH u.id + ' -> ' + v.id AS id, type(e) AS kind, e.head AS head, count(*) AS n
+        WITH id, null AS residual, n = 1 AS ok
+        """,
+    ),
+    _Question(
+        "conservation",
+        "pre_activation = constant + incoming DIRECT and OV weights + unstored",
+        f"""
+        UNWIND $prompts AS prompt
+        MATCH (v:CircuitNode {{prompt: prompt}}) WHERE v:Activation OR v:Logit
+        OPTIONAL MATCH (v)<-[e:DIRECT|OV]-()
+        WITH v, sum(e.weight) AS total, sum(abs(e.weight)) AS size
+        WITH v.id AS id, abs(v.constant + total + v.unstored - v.pre_activation) AS difference,
+             abs(v.pre_activation) AS own, (size + abs(v.constant) + abs(v.unstored)) / 100 + 1e-12 AS floor
+        WITH id, difference / CASE WHEN own > floor THEN own ELSE floor END AS residual
+        WITH id, residual, residual <= {TOLERANCE} AS ok
+        """,
+    ),
+    _Question(
+        "circuits",
+        "every circuit has its prompt, one ROOT among its nodes, and n_nodes of these, each once and of its prompt",
+        """
+        UNWIND $prompts AS prompt
+        MATCH (c:Circuit {prompt: prompt})
+        OPTIONAL MATCH (c)-[:INCLUDES]->(v:CircuitNode)
+        WITH c, count(v) AS n, count(DISTINCT v) AS different, collect(DISTINCT v.prompt) AS prompts
+        WITH c, n, different, prompts, COUNT { (:Prompt {id: c.prompt})-[:HAS_CIRCUIT]->(c) } AS owners,
+             COUNT { (c)-[:ROOT]->(:CircuitNode) } AS roots, COUNT { (c)-[:ROOT]->()<-[:INCLUDES]-(c) } AS included
+        WITH c.id AS id, null AS residual, owners = 1 AND roots = 1 AND included = 1 AND n = c.n_nodes AND different = n
+             AND prompts = [c.prompt] AND c.id STARTS WITH c.prompt + '/' AND c.id ENDS WITH '/' + c.rule AS ok
+        """,
+    ),
+    _Question(
+        "circuit edges",
+        "n_edges of a circuit is the number of stored edges between its nodes",
+        """
+        UNWIND $prompts AS prompt
+        MATCH (c:Circuit {prompt: prompt})
+        OPTIONAL MATCH (c)-[:INCLUDES]->(u)-[e:DIRECT|OV]->(v)<-[:INCLUDES]-(c)
+        WITH c, count(e) AS n
+        WITH c.id AS id, null AS residual, n = c.n_edges AS ok
+        """,
+    ),
+    _Question(
+        "shares",
+        "completeness + error_share + pruned_share = 1",
+        f"""
+        UNWIND $prompts AS prompt
+        MATCH (c:Circuit {{prompt: prompt}})
+        WITH c.id AS id, abs(c.completeness + c.error_share + c.pruned_share - 1) AS residual
+        WITH id, residual, residual <= {TOLERANCE} AS ok
+        """,
+    ),
+    _Question(
+        "features",
+        "every feature is IN one dictionary, of its layer and site, and its id says so",
+        """
+        MATCH (f:Feature)
+        OPTIONAL MATCH (f)-[:IN]->(d:Dictionary)
+        WITH f, count(d) AS n, max(d.id) AS dictionary, max(d.layer) AS layer, max(d.site) AS site
+        WITH f.id AS id, null AS residual, n = 1 AND f.id = dictionary + '/' + toString(f.index)
+             AND f.layer = layer AND f.site = site AS ok
+        """,
+        per_prompt=False,
+    ),
+    _Question(
+        "leftovers",
+        "no token, circuit node or circuit is left of a prompt that is not there",
+        """
+        MATCH (n) WHERE n:Token OR n:CircuitNode OR n:Circuit
+        WITH n.prompt AS prompt, head(collect(n.id)) AS id
+        OPTIONAL MATCH (p:Prompt {id: prompt})
+        WITH id, null AS residual, p IS NOT NULL AS ok
+        """,
+        per_prompt=False,
+    ),
+)
+
+
+def verify(store: Store) -> list[Check]:
+    """Ask every question of the whole store; the findings are in the order of QUESTIONS."""
+    prompts = [str(id) for id in store.read("MATCH (p:Prompt) RETURN p.id AS id ORDER BY id")["id"]]
+    return [_ask(store, question, prompts) for question in QUESTIONS]
+
+
+def _ask(store: Store, question: _Question, prompts: Sequence[str]) -> Check:
+    checked = violations = 0
+    worst: list[float] = []
+    examples: list[str] = []
+    for batch in _batches(prompts) if question.per_prompt else [[]]:
+        row = store.read(question.cypher + _SUMMARY, prompts=batch).astype(object).iloc[0]
+        checked += int(row["checked"])
+        violations += int(row["violations"] or 0)
+        worst += [float(row["worst"])] if row["worst"] is not None else []
+        examples += [str(row["example"])] if row["example"] is not None else []
+    return Check(
+        question.name,
+        question.sentence,
+        checked,
+        violations,
+        max(worst, default=None),
+        examples[0] if examples else None,
+    )
+
+
+def _batches(prompts: Sequence[str]) -> Iterator[list[str]]:
+    rest = iter(prompts)
+    while batch := list(islice(rest, PROMPTS_PER_QUERY)):
+        yield batch
+
+
+@click.command("verify")
+@store_option
+def verify_command(store: str | None) -> None:
+    """Check everything that must hold in a store; the exit status is 1 if something does not."""
+    with connect(store, create=False) as opened:
+        checks = verify(opened)
+    _print_table(checks) if sys.stdout.isatty() else _print_lines(checks)
+    violations = sum(check.violations for check in checks)
+    click.echo(f"{violations} violations." if violations else "No violations.")
+    sys.exit(1 if violations else 0)
+
+
+def _cells(check: Check) -> tuple[str, ...]:
+    worst = "" if check.worst is None else f"{check.worst:.1e}"
+    return check.name, f"{check.checked:,}", worst, f"{check.violations:,}"
+
+
+def _print_lines(checks: Sequence[Check]) -> None:
+    click.echo(f"{'check':<16}{'checked':>12}{'residual':>10}{'violations':>12}  what")
+    for check in checks:
+        name, checked, worst, violations = _cells(check)
+        example = f"; first: {check.example}" if check.example else ""
+        click.echo(f"{name:<16}{checked:>12}{worst:>10}{violations:>12}  {check.sentence}{example}")
+
+
+def _print_table(checks: Sequence[Check]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("check", "checked", "residual", "violations", "what")
+    for check in checks:
+        example = f"; first: {check.example}" if check.example else ""
+        style = "red" if check.violations else None
+        table.add_row(*_cells(check), escape(check.sentence + example), style=style)
+    Console().print(table)
