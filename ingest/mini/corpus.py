@@ -113,8 +113,6 @@ def _encode(document: str, tokenizer: Tokenizer) -> NDArray[np.uint16]:
     return np.array([tokenizer.token_to_id(BOS), *ids], dtype=np.uint16)
 
 
-def _windows(
-    tokens: NDArray[np.uint16], starts: NDArray[np.int64], n_ctx: int
-) -> Int[torch.Tensor, "batch pos"]:
+def _windows(tokens: NDArray[np.uint16], starts: NDArray[np.int64], n_ctx: int) -> Int[torch.Tensor, "batch pos"]:
     body = tokens[starts[:, None] + np.arange(n_ctx - 1)[None, :]].astype(np.int64)
     return torch.from_numpy(np.pad(body, ((0, 0), (1, 0))))

@@ -39,9 +39,7 @@ def float32_attention(
 ) -> tuple[torch.Tensor, None]:
     """Causal attention in float32 under autocast: on CPUs its backward is faster than bfloat16's."""
     with torch.autocast("cpu", enabled=False):
-        z = torch.nn.functional.scaled_dot_product_attention(
-            query.float(), key.float(), value.float(), is_causal=True
-        )
+        z = torch.nn.functional.scaled_dot_product_attention(query.float(), key.float(), value.float(), is_causal=True)
     return z.transpose(1, 2), None
 
 
@@ -157,7 +155,12 @@ def main(
         step += 1
         if step % 20 == 0:
             speed = (step - first) * BATCH * n_ctx / (time.monotonic() - started)
-            row = {"step": step, "tokens": step * BATCH * n_ctx, "loss": round(float(loss), 4), "tokens_per_s": round(speed)}
+            row = {
+                "step": step,
+                "tokens": step * BATCH * n_ctx,
+                "loss": round(float(loss.detach()), 4),
+                "tokens_per_s": round(speed),
+            }
             log.write(json.dumps(row) + "\n")
             log.flush()
         if step % CHECKPOINT_EVERY == 0 or step == n_steps:

@@ -1,0 +1,476 @@
+"""From one prompt's attributions to the records that are stored.
+
+The nodes of a prompt are the union of its circuits' nodes, listed from the embeddings upward. A
+circuit's members are its root, the features its sweep kept, and the leaves (errors, biases,
+embeddings) that pass the same rule. Edges run between all nodes of the prompt (METHOD 3).
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+
+from atlas.records import CircuitRecord, DirectEdges, FiringRecord, Kind, NodeRecord, OVEdges, PromptRecord
+from ingest.attribution import RULES, Attribution, Keep, Roots, attribute
+from ingest.edges import (
+    AttentionTargets,
+    Sources,
+    Targets,
+    depth_of,
+    direct_edges,
+    incoming_direct,
+    incoming_ov,
+    ov_edges,
+)
+from ingest.model import LanguageModel
+from ingest.prompts import Prompt
+from ingest.replacement import ReplacementModel, Site, centre
+from ingest.roots import Root, RootRequest, resolve, root_table
+
+
+@dataclass(frozen=True)
+class CircuitRequest:
+    """One word of `--roots` under one rule: what a later run compares to know what is still to do."""
+
+    rule: str
+    threshold: float
+    root: RootRequest
+
+    @property
+    def stored(self) -> str:
+        """As it is kept with the prompt."""
+        return json.dumps({"root": self.root.spec, "rule": self.rule, "threshold": self.threshold})
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The roots of one rule and threshold with their attribution."""
+
+    rule: str
+    threshold: float
+    keep: Keep
+    roots: list[Root]
+    table: Roots
+    attribution: Attribution
+
+
+@dataclass(frozen=True)
+class Group:
+    """Nodes of one kind at one layer and site, in order; `slot` is meaningful for features only."""
+
+    kind: Kind
+    layer: int
+    site: str
+    position: Int[torch.Tensor, " n"]
+    slot: Int[torch.Tensor, " n"]
+
+
+def prompt_record(
+    prompt: Prompt,
+    prompt_id: str,
+    model: LanguageModel,
+    replacement_model: str,
+    replacement: ReplacementModel,
+    requests: Sequence[CircuitRequest],
+) -> PromptRecord:
+    """Everything that one prompt contributes; without circuits where no root is active in it."""
+    tokens = replacement.trace.tokens.tolist()
+    texts = tuple(model.token_text(token) for token in tokens)
+    sweeps = _sweeps(requests, replacement)
+    groups = _groups(sweeps, replacement)
+    logits = list(dict.fromkeys(root for sweep in sweeps for root in sweep.roots if root.site == "logit"))
+    build = _Assembly(prompt_id, model, replacement, groups, logits, texts)
+    direct, ov, unstored = build.edges()
+    return PromptRecord(
+        id=prompt_id,
+        replacement_model=replacement_model,
+        text=prompt.text,
+        token_ids=tuple(tokens),
+        token_texts=texts,
+        requests=tuple(request.stored for request in requests),
+        firings=tuple(firing for site in (*replacement.attn, *replacement.mlp) for firing in _firings(site)),
+        nodes=build.nodes(unstored),
+        direct=direct,
+        ov=ov,
+        circuits=build.circuits(sweeps, direct, ov),
+        task=prompt.task,
+        source=prompt.source,
+        fields=prompt.fields,
+    )
+
+
+def _sweeps(requests: Sequence[CircuitRequest], replacement: ReplacementModel) -> list[Sweep]:
+    """One sweep per rule and threshold; a root that two requests name belongs to the later one's threshold."""
+    resolved = resolve([request.root for request in requests], replacement)
+    threshold: dict[tuple[str, Root], float] = {}
+    for request, roots in zip(requests, resolved, strict=True):
+        threshold.update({(request.rule, root): request.threshold for root in roots})
+    sweeps: list[Sweep] = []
+    for rule, value in dict.fromkeys((rule, value) for (rule, _), value in threshold.items()):
+        roots = [root for (r, root), v in threshold.items() if (r, v) == (rule, value)]
+        keep, table = RULES[rule](value), root_table(roots, replacement)
+        sweeps.append(Sweep(rule, value, keep, roots, table, attribute(replacement, table, keep)))
+    return sweeps
+
+
+def _leaves(attribution: Attribution) -> dict[tuple[Kind, int, str], Float[torch.Tensor, "root pos"]]:
+    """The leaves of the sweep by kind, layer and site."""
+    leaves = {(Kind.EMBEDDING, -1, ""): attribution.embedding, (Kind.POSITION, -1, ""): attribution.position}
+    for layer in range(len(attribution.mlp)):
+        for site, found in (("attn", attribution.attn[layer]), ("mlp", attribution.mlp[layer])):
+            leaves[Kind.ERROR, layer, site] = found.error
+            leaves[Kind.BIAS, layer, site] = found.bias
+    return leaves
+
+
+def _groups(sweeps: Sequence[Sweep], replacement: ReplacementModel) -> list[Group]:
+    """The nodes of all circuits of a prompt but its logits, from the embeddings upward."""
+    groups: list[Group] = []
+    leaf_used: dict[tuple[Kind, int, str], torch.Tensor] = {}
+    for sweep in sweeps:
+        for leaf, attr in _leaves(sweep.attribution).items():
+            used = sweep.keep(attr, sweep.table.value).any(0)
+            leaf_used[leaf] = leaf_used[leaf] | used if leaf in leaf_used else used
+
+    def leaves(kind: Kind, layer: int, site: str) -> None:
+        if (kind, layer, site) in leaf_used:
+            position = leaf_used[kind, layer, site].nonzero()[:, 0]
+            groups.append(Group(kind, layer, site, position, torch.zeros_like(position)))
+
+    leaves(Kind.EMBEDDING, -1, "")
+    leaves(Kind.POSITION, -1, "")
+    for layer in range(replacement.n_layers):
+        for kind, site in ((Kind.ATTN, "attn"), (Kind.MLP, "mlp")):
+            used = _used_features(sweeps, replacement, layer, site)
+            groups.append(Group(kind, layer, site, *used.nonzero(as_tuple=True)))
+            leaves(Kind.ERROR, layer, site)
+            leaves(Kind.BIAS, layer, site)
+    return groups
+
+
+def _used_features(
+    sweeps: Sequence[Sweep], replacement: ReplacementModel, layer: int, site: str
+) -> Bool[torch.Tensor, "pos slot"]:
+    at = (replacement.attn if site == "attn" else replacement.mlp)[layer]
+    used = torch.zeros_like(at.active)
+    for sweep in sweeps:
+        found = (sweep.attribution.attn if site == "attn" else sweep.attribution.mlp)[layer]
+        used |= found.kept.any(0)
+        for i in sweep.table.at(layer, site):
+            root = sweep.roots[i]
+            used[root.position] |= at.active[root.position] & (at.index[root.position] == root.index)
+    return used
+
+
+class _Assembly:
+    """Numbers the nodes of a prompt and fills in what is stored of them."""
+
+    def __init__(
+        self,
+        prompt_id: str,
+        model: LanguageModel,
+        replacement: ReplacementModel,
+        groups: list[Group],
+        logits: list[Root],
+        texts: tuple[str, ...],
+    ) -> None:
+        self.prompt_id, self.model, self.replacement = prompt_id, model, replacement
+        self.groups, self.logits, self.texts = groups, logits, texts
+        sizes = [len(group.position) for group in groups]
+        self.first = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+        self.logit_table = root_table(logits, replacement)
+
+    def site(self, group: Group) -> Site:
+        return (self.replacement.attn if group.site == "attn" else self.replacement.mlp)[group.layer]
+
+    def numbers(self, i: int) -> Int[torch.Tensor, " n"]:
+        """The node numbers of group `i`."""
+        return torch.arange(self.first[i], self.first[i + 1])
+
+    def features(self, group: Group) -> tuple[torch.Tensor, torch.Tensor]:
+        """(index, value) of a group of features."""
+        site = self.site(group)
+        return site.index[group.position, group.slot], site.value[group.position, group.slot]
+
+    # Edges
+
+    def edges(self) -> tuple[DirectEdges, OVEdges, dict[int, float]]:
+        """DIRECT and OV edges, and per target the part of its pre-activation that no stored edge carries."""
+        sources = self._sources()
+        targets, attention = self._reading_targets(), self._attention_targets()
+        direct = direct_edges(sources, targets)
+        ov = _concatenate([ov_edges(sources, at, self.replacement) for at in attention])
+        stored = np.bincount(direct.target, direct.weight, self.first[-1] + len(self.logits))
+        stored += np.bincount(ov.target, ov.weight, len(stored))
+        incoming = dict(zip(targets.node.tolist(), incoming_direct(targets, self._streams()).tolist(), strict=True))
+        for at in attention:
+            incoming.update(zip(at.node.tolist(), incoming_ov(at, self.replacement).tolist(), strict=True))
+        return direct, ov, {node: total - float(stored[node]) for node, total in incoming.items()}
+
+    def _sources(self) -> Sources:
+        kept = [(i, group) for i, group in enumerate(self.groups) if len(group.position)]
+        return Sources(
+            node=torch.cat([self.numbers(i) for i, _ in kept]),
+            depth=torch.cat([torch.full_like(g.position, depth_of(g.layer, g.site)) for _, g in kept]),
+            position=torch.cat([g.position for _, g in kept]),
+            write=torch.cat([self._write(g) for _, g in kept]),
+        )
+
+    def _write(self, group: Group) -> Float[torch.Tensor, "n d_model"]:
+        """a_u w_u of a group's nodes (METHOD 2)."""
+        trace = self.replacement.trace
+        if group.kind is Kind.EMBEDDING:
+            return trace.embed[group.position]
+        if group.kind is Kind.POSITION:
+            return trace.pos_embed[group.position]
+        site = self.site(group)
+        if group.kind is Kind.BIAS:
+            bias = site.bias if group.site == "mlp" else self.replacement.attn_bias(group.layer)
+            return bias.expand(len(group.position), -1)
+        if group.kind is Kind.ERROR:
+            written = site.error[group.position]
+        else:
+            written = site.decoder[group.position, group.slot] * site.value[group.position, group.slot, None]
+        return written if group.site == "mlp" else self.replacement.to_residual(group.layer, written)
+
+    def _mlp_groups(self) -> list[tuple[int, Group]]:
+        return [(i, g) for i, g in enumerate(self.groups) if g.kind is Kind.MLP]
+
+    def _reading_targets(self) -> Targets:
+        """MLP features and logits: what reads the residual stream at its own position."""
+        trace, mlp = self.replacement.trace, self._mlp_groups()
+        found = [self.features(g) for _, g in mlp]
+        reads = [
+            centre(self.site(g).encoder(index)) / trace.sigma_mid[g.layer][g.position, None]
+            for (_, g), (index, _) in zip(mlp, found, strict=True)
+        ]
+        n_logits = len(self.logits)
+        return Targets(
+            node=torch.cat([*(self.numbers(i) for i, _ in mlp), self.first[-1] + torch.arange(n_logits)]),
+            depth=torch.cat(
+                [
+                    *(torch.full_like(g.position, depth_of(g.layer, "mlp")) for _, g in mlp),
+                    torch.full((n_logits,), depth_of(self.replacement.n_layers, "attn")),
+                ]
+            ),
+            position=torch.cat([*(g.position for _, g in mlp), self.logit_table.position]),
+            read=torch.cat([*reads, self.logit_table.read]),
+            value=torch.cat([*(value for _, value in found), self.logit_table.value]),
+        )
+
+    def _streams(self) -> Float[torch.Tensor, "target d_model"]:
+        """The residual stream where each reading target reads it."""
+        trace = self.replacement.trace
+        mid = [trace.resid_mid[g.layer, g.position] for _, g in self._mlp_groups()]
+        return torch.cat([*mid, trace.resid_final[self.logit_table.position]])
+
+    def _attention_targets(self) -> list[AttentionTargets]:
+        targets: list[AttentionTargets] = []
+        for i, group in enumerate(self.groups):
+            if group.kind is Kind.ATTN and len(group.position):
+                index, value = self.features(group)
+                z_read = self.replacement.z_read(group.layer, index)
+                targets.append(AttentionTargets(group.layer, self.numbers(i), group.position, z_read, value))
+        return targets
+
+    # Nodes
+
+    def nodes(self, unstored: dict[int, float]) -> tuple[NodeRecord, ...]:
+        """All nodes in the order of their numbers."""
+        nodes: list[NodeRecord] = []
+        for group in self.groups:
+            position = group.position.tolist()
+            if group.kind in (Kind.MLP, Kind.ATTN):
+                nodes += self._feature_nodes(group, position, len(nodes), unstored)
+            else:
+                nodes += self._leaf_nodes(group, position)
+        return (*nodes, *(self._logit_node(i, len(nodes) + i, unstored) for i in range(len(self.logits))))
+
+    def _feature_nodes(
+        self, group: Group, positions: list[int], first: int, unstored: dict[int, float]
+    ) -> list[NodeRecord]:
+        layer, site = group.layer, group.site
+        index, value = self.features(group)
+        constant = self.replacement.constants(layer, site, index).tolist()
+        dictionary = self.site(group).dictionary.record.id
+        return [
+            NodeRecord(
+                id=f"{self.prompt_id}/{t}/{layer}/{site}/{j}",
+                kind=group.kind,
+                position=t,
+                layer=layer,
+                name=f"L{layer} {site} {j} {self.at(t)}",
+                dictionary=dictionary,
+                index=j,
+                site=site,
+                value=a,
+                pre_activation=a,
+                constant=c,
+                unstored=unstored[first + n],
+            )
+            for n, (t, j, a, c) in enumerate(zip(positions, index.tolist(), value.tolist(), constant, strict=True))
+        ]
+
+    def _leaf_nodes(self, group: Group, positions: list[int]) -> list[NodeRecord]:
+        prompt, layer, site = self.prompt_id, group.layer, group.site
+        tokens = self.replacement.trace.tokens.tolist()
+        if group.kind is Kind.EMBEDDING:
+            return [
+                NodeRecord(
+                    id=f"{prompt}/{t}/embedding",
+                    kind=group.kind,
+                    position=t,
+                    layer=-1,
+                    name=f"embedding {self.at(t)}",
+                    token_id=tokens[t],
+                )
+                for t in positions
+            ]
+        if group.kind is Kind.POSITION:
+            return [
+                NodeRecord(f"{prompt}/{t}/position", group.kind, t, -1, f"position {t} {self.at(t)}") for t in positions
+            ]
+        word = "error" if group.kind is Kind.ERROR else "bias"
+        norms = self._write(group).norm(dim=1).tolist() if group.kind is Kind.ERROR else [None] * len(positions)
+        return [
+            NodeRecord(
+                id=f"{prompt}/{t}/{layer}/{site}/{word}",
+                kind=group.kind,
+                position=t,
+                layer=layer,
+                name=f"L{layer} {site} {word} {self.at(t)}",
+                site=site,
+                norm=norm,
+            )
+            for t, norm in zip(positions, norms, strict=True)
+        ]
+
+    def _logit_node(self, i: int, node: int, unstored: dict[int, float]) -> NodeRecord:
+        root, value = self.logits[i], float(self.logit_table.value[i])
+        token = self.model.token_text(root.index)
+        versus = None if root.versus is None else self.model.token_text(root.versus)
+        probability = self.replacement.trace.logits[root.position].softmax(0)[root.index]
+        return NodeRecord(
+            id=f"{self.prompt_id}/{_root_path(root)}",
+            kind=Kind.LOGIT,
+            position=root.position,
+            layer=root.layer,
+            name=f'logit "{token}"{"" if versus is None else f" - {versus!r}"} {self.at(root.position)}',
+            pre_activation=value,
+            constant=float(self.logit_table.constant[i]),
+            unstored=unstored[node],
+            token=token,
+            versus=versus,
+            logit=value,
+            probability=float(probability) if versus is None else None,
+        )
+
+    def at(self, position: int) -> str:
+        """Where a node stands, in words: `@ Texas`."""
+        return "@ BOS" if position == 0 else f"@ {self.texts[position].strip() or repr(self.texts[position])}"
+
+    # Circuits
+
+    def circuits(self, sweeps: Sequence[Sweep], direct: DirectEdges, ov: OVEdges) -> tuple[CircuitRecord, ...]:
+        """One circuit per root and rule, with its members and its shares (METHOD 4)."""
+        ends = np.concatenate([[direct.source, direct.target], [ov.source, ov.target]], axis=1)
+        return tuple(
+            self._circuit(sweep, r, attr, member, ends)
+            for sweep in sweeps
+            for r, (attr, member) in enumerate(zip(*self._membership(sweep), strict=True))
+        )
+
+    def _membership(self, sweep: Sweep) -> tuple[torch.Tensor, torch.Tensor]:
+        """(attribution, membership) of every node but the roots themselves, [root, node] each."""
+        leaves = _leaves(sweep.attribution)
+        attributions: list[torch.Tensor] = []
+        members: list[torch.Tensor] = []
+        for group in self.groups:
+            if group.kind in (Kind.MLP, Kind.ATTN):
+                sites = sweep.attribution.mlp if group.kind is Kind.MLP else sweep.attribution.attn
+                attributions.append(sites[group.layer].feature[:, group.position, group.slot])
+                members.append(sites[group.layer].kept[:, group.position, group.slot])
+            else:
+                attr = leaves[group.kind, group.layer, group.site]
+                attributions.append(attr[:, group.position])
+                members.append(sweep.keep(attr, sweep.table.value)[:, group.position])
+        return torch.cat(attributions, 1), torch.cat(members, 1)
+
+    def _circuit(
+        self, sweep: Sweep, r: int, attr: torch.Tensor, member: torch.Tensor, ends: np.ndarray
+    ) -> CircuitRecord:
+        root, found = sweep.roots[r], sweep.attribution
+        node, value = self._root_node(root), float(sweep.table.value[r])
+        members = np.append(member.nonzero()[:, 0].numpy(), node)
+        inside = np.zeros(self.first[-1] + len(self.logits), dtype=bool)
+        inside[members] = True
+        explained = float(found.embeddings[r] + found.biases[r] + found.constant[r])
+        return CircuitRecord(
+            id=f"{self.prompt_id}/{_root_path(root)}/{sweep.rule}",
+            root=node,
+            rule=sweep.rule,
+            threshold=sweep.threshold,
+            members=members,
+            attribution=np.append(attr[member].double().numpy(), value),
+            n_edges=int(inside[ends].all(0).sum()),
+            root_value=value,
+            completeness=explained / value,
+            error_share=float(found.errors[r]) / value,
+            pruned_share=float(found.pruned[r]) / value,
+        )
+
+    def _root_node(self, root: Root) -> int:
+        if root.site == "logit":
+            return int(self.first[-1]) + self.logits.index(root)
+        for i, group in enumerate(self.groups):
+            if group.kind in (Kind.MLP, Kind.ATTN) and (group.layer, group.site) == (root.layer, root.site):
+                index, _ = self.features(group)
+                return int(self.first[i]) + int(((index == root.index) & (group.position == root.position)).nonzero())
+        raise LookupError(root)
+
+
+def _root_path(root: Root) -> str:
+    """A root's id within its prompt."""
+    if root.site != "logit":
+        return f"{root.position}/{root.layer}/{root.site}/{root.index}"
+    return f"{root.position}/logit/{root.index}" + ("" if root.versus is None else f"-{root.versus}")
+
+
+def _concatenate(parts: Sequence[OVEdges]) -> OVEdges:
+    empty_int, empty_float = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float64)
+    return OVEdges(
+        source=np.concatenate([empty_int, *(p.source for p in parts)]),
+        target=np.concatenate([empty_int, *(p.target for p in parts)]),
+        layer=np.concatenate([empty_int, *(p.layer for p in parts)]),
+        head=np.concatenate([empty_int, *(p.head for p in parts)]),
+        weight=np.concatenate([empty_float, *(p.weight for p in parts)]),
+        pattern=np.concatenate([empty_float, *(p.pattern for p in parts)]),
+    )
+
+
+def _firings(site: Site) -> list[FiringRecord]:
+    """Every feature of a site that is active after BOS, with its positions and values."""
+    position, slot = site.active.nonzero(as_tuple=True)
+    position, slot = position[position > 0], slot[position > 0]
+    index = site.index[position, slot]
+    order = index.argsort(stable=True)
+    features, counts = index[order].unique_consecutive(return_counts=True)
+    positions = position[order].tolist()
+    values = site.value[position, slot][order].tolist()
+    firings: list[FiringRecord] = []
+    start = 0
+    for feature, count in zip(features.tolist(), counts.tolist(), strict=True):
+        stop = start + count
+        firings.append(
+            FiringRecord(
+                dictionary=site.dictionary.record.id,
+                index=feature,
+                positions=tuple(positions[start:stop]),
+                values=tuple(values[start:stop]),
+            )
+        )
+        start = stop
+    return firings

@@ -1,0 +1,145 @@
+"""`atlas ingest`: prompts in, circuits stored."""
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from atlas.cli import store_option
+from atlas.errors import AtlasError
+
+if TYPE_CHECKING:
+    from ingest.job import Summary
+
+THRESHOLDS = {"relative": 0.01, "top_mass": 0.5, "paper": 0.1}
+
+
+@click.command()
+@click.argument("files", nargs=-1, metavar="FILE...")
+@click.option("--text", "texts", multiple=True, help="A prompt given here; may be repeated.")
+@click.option("--model", default="mini", show_default=True, help="mini, a model's directory, or a hub's name.")
+@store_option
+@click.option(
+    "--roots",
+    multiple=True,
+    default=("default",),
+    show_default=True,
+    help='What to explain: default, logits, features, @POSITION, 2/mlp/812, " Paris", " Paris- Rome"; may be repeated.',
+)
+@click.option("--rule", default="relative", show_default=True, help=f"Which nodes to keep: {', '.join(THRESHOLDS)}.")
+@click.option("--threshold", type=float, help="The rule's threshold.  [default: " + str(THRESHOLDS)[1:-1] + "]")
+@click.option("--truncate", is_flag=True, help="Cut prompts that are longer than the model's context.")
+def ingest(
+    files: Sequence[str],
+    texts: Sequence[str],
+    model: str,
+    store: str | None,
+    roots: Sequence[str],
+    rule: str,
+    threshold: float | None,
+    truncate: bool,
+) -> None:
+    """Trace prompts, find the circuits of their roots, and store them.
+
+    FILE is .txt (a prompt a line), .jsonl (with `prompt`, optional `task`), .csv, or - for standard input.
+    """
+    if not files and not texts:
+        raise AtlasError("nothing to ingest: give a file, --text, or - for standard input")
+    threshold = _threshold(rule, threshold)
+    refusals: list[str] = []
+
+    def complain(sentence: str) -> None:
+        refusals.append(sentence)
+        click.echo(f"Left out: {sentence}.", err=True)
+
+    from ingest.prompts import Prompt, read_prompts
+
+    prompts = [Prompt(text, "--text") for text in texts]
+    prompts += [prompt for file in files for prompt in read_prompts(file, complain)]
+    if not prompts:
+        raise AtlasError(f"there is no prompt in {', '.join(files)}")
+
+    with _Display() as display:
+        from ingest.job import circuit_requests, prepare_tasks, run
+        from ingest.setup import set_up
+
+        setup = set_up(model)
+        requests = circuit_requests(setup, roots, rule, threshold)
+        tasks = prepare_tasks(setup, prompts, truncate, complain)
+        if not tasks:
+            raise AtlasError("no prompt is left to ingest; nothing was written")
+
+        import atlas
+
+        with atlas.connect(store) as opened:
+            display.start(len(tasks), opened.address)
+            run(opened, setup, tasks, requests, complain, display.update)
+    if refusals:
+        raise AtlasError(
+            f"{len(refusals)} {'prompt was' if len(refusals) == 1 else 'prompts were'} left out, see above"
+        )
+
+
+def _threshold(rule: str, threshold: float | None) -> float:
+    if rule not in THRESHOLDS:
+        raise AtlasError(f"there is no rule {rule!r}; the rules are {', '.join(THRESHOLDS)}")
+    value = THRESHOLDS[rule] if threshold is None else threshold
+    if not 0 <= value < (float("inf") if rule == "paper" else 1):
+        raise AtlasError(f"threshold {value} does not suit rule {rule}; it takes {_range(rule)}")
+    return value
+
+
+def _range(rule: str) -> str:
+    return "0 or more" if rule == "paper" else "0 or more, and less than 1"
+
+
+class _Display:
+    """A progress bar in a terminal, nothing in a pipe, and a summary in either."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._bar = Progress(
+            TextColumn("[progress.description]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rates]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("Loading the model", total=None, rates="")
+        self._summary: Summary | None = None
+        self._address = ""
+        self._started = 0.0
+
+    def __enter__(self) -> "_Display":
+        self._bar.start()
+        return self
+
+    def start(self, n_prompts: int, address: str) -> None:
+        self._started, self._address = time.monotonic(), address
+        self._bar.update(self._task, description="Ingesting", total=n_prompts)
+
+    def update(self, summary: "Summary") -> None:
+        self._summary = summary
+        seconds = time.monotonic() - self._started
+        rates = (
+            f"{summary.prompts / seconds:.1f} prompts/s, {summary.circuits / seconds:.0f} circuits/s, "
+            f"{summary.edges / seconds:.0f} edges/s"
+        )
+        self._bar.update(self._task, completed=summary.prompts + summary.skipped + summary.refused, rates=rates)
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        self._bar.stop()
+        if self._summary is None:
+            return
+        s, seconds = self._summary, time.monotonic() - self._started
+        stopped = "Stopped by Ctrl-C. " if kind is KeyboardInterrupt else ""
+        click.echo(
+            f"{stopped}{s.prompts} prompts with {s.circuits} circuits and {s.edges} edges written in {seconds:.1f} s, "
+            f"{s.skipped} already stored, {s.refused} without an active root. Store: {self._address}",
+            err=bool(stopped),
+        )

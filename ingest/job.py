@@ -1,0 +1,186 @@
+"""An ingestion job: prompts in, one transaction each, resumable.
+
+text -> tokens -> trace -> active features -> replacement model -> circuits -> records -> transaction.
+What is stored already is not computed again: a prompt keeps the list of circuits that were asked for,
+and is replaced, with the earlier requests and the new ones, only where something new is asked. One
+thread writes while the next prompt is computed.
+"""
+
+import hashlib
+import json
+import queue
+import threading
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+
+import atlas
+from atlas.errors import AtlasError
+from atlas.records import PromptRecord, RunRecord
+from atlas.store import Store
+from atlas.writer import finish_run, register, stored_requests, write_prompt
+from ingest.circuits import CircuitRequest, prompt_record
+from ingest.prompts import Complain, Prompt
+from ingest.roots import parse_root
+from ingest.setup import Setup
+
+AHEAD = 2  # prompts computed and waiting for the writer
+
+
+@dataclass(frozen=True)
+class Task:
+    """A prompt that is ready to be traced."""
+
+    prompt: Prompt
+    id: str
+    tokens: list[int]
+
+
+@dataclass
+class Summary:
+    """What a job did."""
+
+    prompts: int = 0
+    skipped: int = 0
+    refused: int = 0
+    circuits: int = 0
+    edges: int = 0
+
+
+def prepare_tasks(setup: Setup, prompts: Iterable[Prompt], truncate: bool, complain: Complain) -> list[Task]:
+    """Tokenize; prompts that are empty or too long go to `complain`, each prompt is taken once."""
+    tasks: dict[str, Task] = {}
+    n_ctx = setup.model.record.n_ctx
+    for prompt in prompts:
+        tokens = setup.model.tokens(prompt.text) if prompt.text.strip() else []
+        if len(tokens) < 2:
+            complain(f"{prompt.where} is an empty prompt")
+            continue
+        if len(tokens) > n_ctx and not truncate:
+            complain(
+                f"{prompt.where} has {len(tokens)} tokens, but {setup.model.record.id} reads at most {n_ctx}; "
+                "shorten it or give --truncate"
+            )
+            continue
+        if len(tokens) > n_ctx:
+            tokens = tokens[:n_ctx]
+            prompt = replace(prompt, text=setup.model.text(tokens[1:]))
+        prompt_id = _prompt_id(setup, tokens)
+        tasks.setdefault(prompt_id, Task(prompt, prompt_id, tokens))
+    return list(tasks.values())
+
+
+def circuit_requests(setup: Setup, specs: Sequence[str], rule: str, threshold: float) -> list[CircuitRequest]:
+    """The requests of this run. Raises AtlasError for a root that cannot be."""
+    return [CircuitRequest(rule, threshold, parse_root(spec, setup.model, setup.dictionaries)) for spec in specs]
+
+
+def run(
+    store: Store,
+    setup: Setup,
+    tasks: Sequence[Task],
+    requests: Sequence[CircuitRequest],
+    complain: Complain,
+    progress: Callable[[Summary], None],
+) -> Summary:
+    """Ingest `tasks`, calling `progress` after each; a KeyboardInterrupt leaves whole prompts only."""
+    summary = Summary()
+    config = json.dumps({"model": setup.record.name, "requests": [request.stored for request in requests]})
+    run_id = str(uuid.uuid4())
+    register(store, setup.record, RunRecord(run_id, config, datetime.now(UTC).isoformat(), atlas.__version__))
+    stored = stored_requests(store, [task.id for task in tasks])
+    status = "failed"
+    writer = _Writer(store, run_id)
+    try:
+        for task in tasks:
+            _ingest(writer, setup, task, stored.get(task.id, ()), requests, complain, summary)
+            progress(summary)
+        writer.finish()
+        status = "finished"
+    except KeyboardInterrupt:
+        status = "interrupted"
+        raise
+    finally:
+        writer.finish()
+        finish_run(store, run_id, status)
+    return summary
+
+
+def _ingest(
+    writer: "_Writer",
+    setup: Setup,
+    task: Task,
+    stored: Sequence[str],
+    requests: Sequence[CircuitRequest],
+    complain: Complain,
+    summary: Summary,
+) -> None:
+    wanted = _merge(setup, stored, requests)
+    if {request.stored for request in wanted} == set(stored):
+        summary.skipped += 1
+        return
+    replacement = setup.replace(task.tokens)
+    record = prompt_record(task.prompt, task.id, setup.model, setup.record.id, replacement, wanted)
+    if not record.circuits:
+        summary.refused += 1
+        complain(f"{task.prompt.where}: none of the roots asked for is active in this prompt")
+        return
+    writer.put(record)
+    summary.prompts += 1
+    summary.circuits += len(record.circuits)
+    summary.edges += len(record.direct.weight) + len(record.ov.weight)
+
+
+def _merge(setup: Setup, stored: Sequence[str], requests: Sequence[CircuitRequest]) -> list[CircuitRequest]:
+    """What is stored and what is asked; of two thresholds for one root and rule, the one asked now."""
+    merged: dict[tuple[str, str], CircuitRequest] = {}
+    for row in map(json.loads, stored):
+        root = parse_root(row["root"], setup.model, setup.dictionaries)
+        merged[row["root"], row["rule"]] = CircuitRequest(row["rule"], row["threshold"], root)
+    for request in requests:
+        merged.pop((request.root.spec, request.rule), None)
+        merged[request.root.spec, request.rule] = request
+    return list(merged.values())
+
+
+def _prompt_id(setup: Setup, tokens: list[int]) -> str:
+    text = f"{setup.record.id}:{','.join(map(str, tokens))}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class _Writer:
+    """Writes prompts in a thread of its own, each in one transaction, in the order they come."""
+
+    def __init__(self, store: Store, run_id: str) -> None:
+        self._store, self._run_id = store, run_id
+        self._waiting: queue.Queue[PromptRecord | None] = queue.Queue(AHEAD)
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, name="atlas-writer")
+        self._thread.start()
+
+    def put(self, record: PromptRecord) -> None:
+        """Hand over a prompt; raises what an earlier write raised."""
+        self._waiting.put(record)
+        self._check()
+
+    def finish(self) -> None:
+        """Write what is waiting and stop; raises what a write raised."""
+        if self._thread.is_alive():
+            self._waiting.put(None)
+            self._thread.join()
+        self._check()
+
+    def _check(self) -> None:
+        if self._error:
+            error, self._error = self._error, None
+            raise AtlasError(f"the store stopped taking prompts: {error}") from error
+
+    def _work(self) -> None:
+        while record := self._waiting.get():
+            if self._error:
+                continue
+            try:
+                write_prompt(self._store, record, self._run_id)
+            except BaseException as error:
+                self._error = error

@@ -1,0 +1,109 @@
+"""Prompts in: .txt (one a line), .jsonl (`prompt`, optional `task`, other fields kept), .csv, or `-`.
+
+A row that cannot be used is named with its place and left out; the others go on.
+"""
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from atlas.errors import AtlasError
+
+Complain = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One text to explain; `where` says where it came from, for messages."""
+
+    text: str
+    where: str
+    task: str | None = None
+    source: str | None = None
+    fields: Mapping[str, object] = field(default_factory=dict[str, object])
+
+
+def read_prompts(file: str, complain: Complain) -> Iterator[Prompt]:
+    """The prompts of one file, or of standard input for `-`, which holds JSON lines or a prompt a line.
+
+    Raises AtlasError when the file cannot be read at all; a single bad row goes to `complain`.
+    """
+    name, text = ("standard input", _decode(sys.stdin.buffer.read(), "standard input")) if file == "-" else _read(file)
+    suffix = Path(file).suffix
+    if file == "-":
+        suffix = ".jsonl" if text.lstrip().startswith("{") else ".txt"
+    if suffix == ".jsonl":
+        yield from _json_lines(name, text, complain)
+    elif suffix == ".csv":
+        yield from _csv_rows(name, text, complain)
+    else:
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.strip():
+                yield Prompt(line, f"{name}:{number}", source=name)
+
+
+def _read(file: str) -> tuple[str, str]:
+    path = Path(file)
+    if path.suffix not in (".txt", ".jsonl", ".csv"):
+        raise AtlasError(f"{file} is not a .txt, .jsonl or .csv file; rename it, or pipe it in as `-`")
+    try:
+        return path.name, _decode(path.read_bytes(), file)
+    except OSError as error:
+        raise AtlasError(f"{file} cannot be read: {error.strerror}") from error
+
+
+def _decode(data: bytes, name: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise AtlasError(f"{name} is not UTF-8 text (line {line}); save it as UTF-8") from error
+
+
+def _json_lines(name: str, text: str, complain: Complain) -> Iterator[Prompt]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{name}:{number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            complain(f"{where} is not JSON: {error.msg} at column {error.colno}")
+            continue
+        if not isinstance(row, dict):
+            complain(f"{where} is not a JSON object with a `prompt`")
+            continue
+        prompt = _from_row(row, name, where, complain)
+        if prompt:
+            yield prompt
+
+
+def _csv_rows(name: str, text: str, complain: Complain) -> Iterator[Prompt]:
+    rows = csv.DictReader(io.StringIO(text, newline=""))
+    if "prompt" not in (rows.fieldnames or ()):
+        raise AtlasError(f"{name} has no column `prompt`; its header has {', '.join(rows.fieldnames or ['nothing'])}")
+    for row in rows:
+        where = f"{name}:{rows.line_num}"
+        if None in row:
+            complain(f"{where} has more columns than the header")
+            continue
+        prompt = _from_row({key: value for key, value in row.items() if value}, name, where, complain)
+        if prompt:
+            yield prompt
+
+
+def _from_row(row: Mapping[str, object], name: str, where: str, complain: Complain) -> Prompt | None:
+    text, task, source = row.get("prompt"), row.get("task"), row.get("source", name)
+    if not isinstance(text, str):
+        complain(f"{where} has no text in `prompt`")
+        return None
+    for key, value in (("task", task), ("source", source)):
+        if value is not None and not isinstance(value, str):
+            complain(f"{where} has a `{key}` that is not text")
+            return None
+    rest = {key: value for key, value in row.items() if key not in ("prompt", "task", "source")}
+    return Prompt(text, where, str(task) if task is not None else None, str(source), rest)

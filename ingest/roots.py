@@ -1,0 +1,232 @@
+"""Which circuits are asked for: `--roots` in words, resolved to nodes of one prompt.
+
+    default           the three likeliest next tokens, and eight features of the middle layer
+    logits            the three likeliest next tokens at the last position
+    features          eight MLP feature activations of the middle layer: the four strongest by
+                      activation times decoder norm, and the four that, among the 64 strongest, owe
+                      most of their pre-activation to what attention brought from other positions
+    @POS              the likeliest next tokens at a position, and its four strongest middle-layer features
+    2/mlp/812         a named feature where it is strongest (or, with @POS, there); attn likewise
+    " Paris"          a token's logit at the last position (or, with @POS, there)
+    " Paris- Rome"    the difference of two tokens' logits
+
+The strongest features alone are mostly features of the token itself; their circuits are dull, hence
+the second four. What fires on BOS is not evidence of anything: no root stands there.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+
+from atlas.errors import AtlasError
+from ingest.attribution import Roots
+from ingest.dictionaries import Dictionary
+from ingest.model import LanguageModel
+from ingest.replacement import ReplacementModel, centre
+
+N_LOGITS = 3
+N_STRONGEST = 4
+N_CANDIDATES = 64
+FEATURE = re.compile(r"(?:(?P<model>.+)/)?(?P<layer>\d+)/(?P<site>attn|mlp)/(?P<index>\d+)")
+
+
+@dataclass(frozen=True)
+class Root:
+    """A node that a circuit explains: a feature (`index` in its dictionary) or a logit (`index` a token).
+
+    `versus` is the second token of a logit difference.
+    """
+
+    site: str
+    layer: int
+    position: int
+    index: int
+    versus: int | None = None
+
+
+@dataclass(frozen=True)
+class RootRequest:
+    """One word of `--roots`, understood: what kind, and where if it said so."""
+
+    spec: str
+    kind: str
+    position: int | None = None
+    layer: int = -1
+    index: int = -1
+    versus: int | None = None
+
+
+def middle_layer(n_layers: int) -> int:
+    """The layer whose features are roots by default: at 5/12 of the depth, GPT-2 small's layer 5."""
+    return round(n_layers * 5 / 12)
+
+
+def parse_root(spec: str, model: LanguageModel, dictionaries: Iterable[Dictionary]) -> RootRequest:
+    """Understand one word of `--roots`. Raises AtlasError for an unknown feature, token or position."""
+    match = re.fullmatch(r"(.*)@(\d+)", spec, re.DOTALL)
+    word, position = (match[1], int(match[2])) if match else (spec, None)
+    if position is not None and not 0 < position < model.record.n_ctx:
+        raise AtlasError(
+            f"root {spec!r}: positions run from 1 to {model.record.n_ctx - 1}; position 0 is the beginning-of-sequence "
+            "token, on which no circuit is rooted"
+        )
+    if word in ("default", "logits", "features") and position is None:
+        return RootRequest(spec, word)
+    if not word and position is not None:
+        return RootRequest(spec, "position", position)
+    if feature := FEATURE.fullmatch(word):
+        return _feature_request(spec, feature, position, model, dictionaries)
+    return _token_request(spec, word, position, model)
+
+
+def _feature_request(
+    spec: str, match: re.Match[str], position: int | None, model: LanguageModel, dictionaries: Iterable[Dictionary]
+) -> RootRequest:
+    layer, site, index = int(match["layer"]), match["site"], int(match["index"])
+    if match["model"] not in (None, model.record.id):
+        raise AtlasError(
+            f"root {spec!r} is a feature of model {match['model']!r}, but this run uses {model.record.id!r}"
+        )
+    for dictionary in dictionaries:
+        if (dictionary.record.layer, dictionary.record.site) == (layer, site):
+            if index < dictionary.record.d_sae:
+                return RootRequest(spec, site, position, layer, index)
+            raise AtlasError(f"root {spec!r}: {dictionary.record.id} has features 0 to {dictionary.record.d_sae - 1}")
+    raise AtlasError(f"root {spec!r}: model {model.record.id} has layers 0 to {model.record.n_layers - 1}")
+
+
+def _token_request(spec: str, word: str, position: int | None, model: LanguageModel) -> RootRequest:
+    def token(text: str) -> int | None:
+        ids = model.tokens(text)[1:]
+        return ids[0] if len(ids) == 1 else None
+
+    if (index := token(word)) is not None:
+        return RootRequest(spec, "logit", position, index=index)
+    for dash in (i for i, letter in enumerate(word) if letter == "-"):
+        first, second = token(word[:dash]), token(word[dash + 1 :])
+        if first is not None and second is not None:
+            return RootRequest(spec, "logit", position, index=first, versus=second)
+    pieces = [model.token_text(i) for i in model.tokens(word)[1:]]
+    raise AtlasError(
+        f"root {spec!r} is neither `default`, `logits`, `features`, @POSITION, a feature such as 2/mlp/812, nor one "
+        f"token or a difference of two: the tokenizer cuts it into {pieces}"
+    )
+
+
+def resolve(requests: Iterable[RootRequest], model: ReplacementModel) -> list[list[Root]]:
+    """The roots that each request stands for on this prompt; empty where nothing it names is active."""
+    return [[root for root in _resolve(request, model) if root.position > 0] for request in requests]
+
+
+def _resolve(request: RootRequest, model: ReplacementModel) -> list[Root]:
+    last = len(model.trace.tokens) - 1
+    position = last if request.position is None else request.position
+    if position > last:
+        return []
+    if request.kind == "default":
+        return _logits(model, last) + _features(model)
+    if request.kind == "logits":
+        return _logits(model, last)
+    if request.kind == "features":
+        return _features(model)
+    if request.kind == "position":
+        return _logits(model, position) + _strongest_at(model, position)
+    if request.kind == "logit":
+        return [Root("logit", model.n_layers, position, request.index, request.versus)]
+    return _named_feature(request, model)
+
+
+def _logits(model: ReplacementModel, position: int) -> list[Root]:
+    tokens = model.trace.logits[position].topk(N_LOGITS).indices.tolist()
+    return [Root("logit", model.n_layers, position, token) for token in tokens]
+
+
+def _strength(model: ReplacementModel, layer: int) -> Float[torch.Tensor, "pos slot"]:
+    """Activation times decoder norm, zero on BOS."""
+    site = model.mlp[layer]
+    strength = site.value * site.decoder.norm(dim=-1)
+    strength[0] = 0
+    return strength
+
+
+def _features(model: ReplacementModel) -> list[Root]:
+    layer = middle_layer(model.n_layers)
+    site = model.mlp[layer]
+    strength = _strength(model, layer)
+    ordered, order = strength.flatten().sort(descending=True, stable=True)
+    order = order[ordered > 0][:N_CANDIDATES]
+    position, slot = order // strength.shape[1], order % strength.shape[1]
+    share = _moved_share(model, layer, site.index[position, slot], position, site.value[position, slot])
+    moved = N_STRONGEST + share[N_STRONGEST:].argsort(descending=True, stable=True)[:N_STRONGEST]
+    chosen = [*range(min(N_STRONGEST, len(order))), *moved.tolist()]
+    return [Root("mlp", layer, int(position[i]), int(site.index[position[i], slot[i]])) for i in chosen]
+
+
+def _strongest_at(model: ReplacementModel, position: int) -> list[Root]:
+    layer = middle_layer(model.n_layers)
+    row = _strength(model, layer)[position]
+    slots = row.topk(min(N_STRONGEST, len(row))).indices
+    return [Root("mlp", layer, position, int(model.mlp[layer].index[position, i])) for i in slots if row[i] > 0]
+
+
+def _moved_share(
+    model: ReplacementModel, layer: int, index: torch.Tensor, position: torch.Tensor, value: torch.Tensor
+) -> Float[torch.Tensor, " n"]:
+    """The part of MLP features' pre-activations that attention brought in one step from other positions.
+
+    BOS is not counted: heads rest on it when they have nothing to do.
+    """
+    trace, weights = model.trace, model.weights
+    read = centre(model.mlp[layer].encoder(index)) / trace.sigma_mid[layer][position, None]
+    moved = torch.zeros_like(value)
+    for i in range(layer + 1):
+        pattern = trace.pattern[i].tril(-1).clone()
+        pattern[:, :, 0] = 0
+        normalised = centre(trace.resid_pre[i]) / trace.sigma_pre[i][:, None]
+        v = torch.einsum("sd,hde->she", normalised, weights.W_V[i]) + weights.b_V[i]
+        z = torch.einsum("hts,she->the", pattern, v)
+        moved += ((z.flatten(1) @ model.W_O(i))[position] * read).sum(1)
+    return moved / value
+
+
+def _named_feature(request: RootRequest, model: ReplacementModel) -> list[Root]:
+    site = (model.mlp if request.kind == "mlp" else model.attn)[request.layer]
+    value = (site.value * (site.active & (site.index == request.index))).sum(1)
+    value[0] = 0
+    position = int(value.argmax()) if request.position is None else request.position
+    if value[position] <= 0:
+        return []
+    return [Root(request.kind, request.layer, position, request.index)]
+
+
+def root_table(roots: list[Root], model: ReplacementModel) -> Roots:
+    """Reads, values and constants of roots, ready for the sweep (METHOD 2)."""
+    trace, weights = model.trace, model.weights
+    read = torch.zeros(len(roots), trace.embed.shape[1], dtype=trace.embed.dtype)
+    value, constant = read.new_zeros(len(roots)), read.new_zeros(len(roots))
+    for i, root in enumerate(roots):
+        if root.site == "logit":
+            versus = [] if root.versus is None else [root.versus]
+            row = weights.W_U[:, root.index] - weights.W_U[:, versus].sum(1)
+            read[i] = centre(row) / trace.sigma_final[root.position]
+            value[i] = trace.logits[root.position, root.index] - trace.logits[root.position, versus].sum()
+            constant[i] = weights.b_U[root.index] - weights.b_U[versus].sum()
+            continue
+        site = (model.mlp if root.site == "mlp" else model.attn)[root.layer]
+        index = torch.tensor([root.index])
+        value[i] = site.value[root.position][site.active[root.position] & (site.index[root.position] == root.index)][0]
+        constant[i] = model.constants(root.layer, root.site, index)[0]
+        if root.site == "mlp":
+            read[i] = centre(site.encoder(index)[0]) / trace.sigma_mid[root.layer, root.position]
+    return Roots(
+        layer=torch.tensor([root.layer for root in roots]),
+        site=tuple(root.site for root in roots),
+        position=torch.tensor([root.position for root in roots]),
+        index=torch.tensor([root.index for root in roots]),
+        read=read,
+        value=value,
+        constant=constant,
+    )
