@@ -1,0 +1,232 @@
+"""`atlas show CIRCUIT`: a circuit as a tree that a person can read in a terminal.
+
+Under each node stand its drivers: the circuit's nodes with an edge into it, with the share of its
+pre-activation that each accounts for, summed over the heads that carry it. The strongest `top` of at
+least `min_share` are shown, and their drivers below them, `depth` levels down. A node whose drivers stand
+further up is marked with an arrow instead of repeating them. What is left of the whole is the rest: the
+weaker drivers, the constant, and what the circuit does not keep.
+"""
+
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import click
+import pandas as pd
+from rich.console import Console
+from rich.text import Text
+from rich.tree import Tree
+
+import atlas
+import queries
+from atlas import Store
+from atlas.cli import store_option
+from atlas.errors import AtlasError
+from queries.render import visible
+
+_STYLES = {
+    "MLP": "green",
+    "Attn": "cyan",
+    "Embedding": "yellow",
+    "PositionEmbedding": "yellow",
+    "Error": "red",
+    "Bias": "magenta",
+    "Logit": "blue",
+}
+
+_FIND = "MATCH (c:Circuit) WHERE c.id CONTAINS $part RETURN c.id AS id ORDER BY id LIMIT 6"
+_HEAD = """
+MATCH (p:Prompt)-[:HAS_CIRCUIT]->(c:Circuit {id: $circuit})-[:ROOT]->(root:CircuitNode)-[:AT]->(token:Token)
+OPTIONAL MATCH (root)-[:OF]->(f:Feature)
+RETURN p.id AS prompt, p.text AS text, c.rule AS rule, c.threshold AS threshold, c.n_nodes AS n_nodes,
+       c.n_edges AS n_edges, c.root_value AS root_value, c.completeness AS completeness,
+       c.error_share AS error_share, c.pruned_share AS pruned_share, root.id AS root, root.name AS name,
+       [label IN labels(root) WHERE NOT label IN ['CircuitNode', 'Activation']][0] AS kind,
+       f.label AS label, root.position AS position, token.text AS token
+"""
+_TOKENS = """
+MATCH (:Prompt {id: $prompt})-[:HAS_TOKEN]->(t:Token)
+RETURN t.position AS position, t.text AS text ORDER BY position
+"""
+
+
+@dataclass(frozen=True)
+class Node:
+    """One node of the circuit, as the tree names it; `token` is the text at its position."""
+
+    id: str
+    name: str
+    kind: str
+    label: str | None
+    token: str
+
+
+@dataclass(frozen=True)
+class Driver:
+    """All that one node adds to another: `share` of its pre-activation, `heads` as (layer, head, share)."""
+
+    node: Node
+    share: float
+    heads: tuple[tuple[int, int, float], ...]
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A node of the tree and what stands below it.
+
+    `driver` says how it feeds the node above (None at the root). `seen` is true where its drivers stand
+    further up; `hidden` counts its drivers that are not shown, and `rest` is the share of its
+    pre-activation that those below do not account for, None where nothing stands below.
+    """
+
+    node: Node
+    driver: Driver | None
+    seen: bool = False
+    branches: tuple["Branch", ...] = ()
+    hidden: int = 0
+    rest: float | None = None
+
+
+@dataclass
+class _Grower:
+    drivers: dict[str, list[Driver]]
+    top: int
+    min_share: float
+    expanded: set[str] = field(default_factory=set[str])
+
+    def grow(self, node: Node, driver: Driver | None, depth: int) -> Branch:
+        drivers = self.drivers.get(node.id, [])
+        if not drivers or depth == 0:
+            return Branch(node, driver)
+        if node.id in self.expanded:
+            return Branch(node, driver, seen=True)
+        self.expanded.add(node.id)
+        shown = [d for d in drivers if abs(d.share) >= self.min_share][: self.top]
+        branches = tuple(self.grow(d.node, d, depth - 1) for d in shown)
+        rest = 1 - sum(d.share for d in shown)
+        return Branch(node, driver, branches=branches, hidden=len(drivers) - len(shown), rest=rest)
+
+
+def tree(edges: pd.DataFrame, root: Node, *, depth: int, top: int, min_share: float) -> Branch:
+    """The tree below `root` from the rows of `queries.circuit`."""
+    return _Grower(drivers(edges), top, min_share).grow(root, None, depth)
+
+
+def drivers(edges: pd.DataFrame) -> dict[str, list[Driver]]:
+    """For every target's id its drivers, strongest first, the heads of each pair of nodes together."""
+    found: dict[str, list[Driver]] = {}
+    for (target, _), rows in edges.groupby(["target", "source"], sort=False):
+        records = cast(list[dict[str, Any]], rows.fillna({"share": 0.0}).to_dict("records"))
+        heads = [(int(r["layer"]), int(r["head"]), float(r["share"])) for r in records if r["via"] == "OV"]
+        heads.sort(key=lambda head: -abs(head[2]))
+        share = sum(float(r["share"]) for r in records)
+        found.setdefault(str(target), []).append(Driver(_source(records[0]), share, tuple(heads)))
+    for strongest_first in found.values():
+        strongest_first.sort(key=lambda driver: (-abs(driver.share), driver.node.id))
+    return found
+
+
+def draw(branch: Branch) -> Tree:
+    """The tree in colours by kind."""
+    drawn = Tree(_line(branch), guide_style="dim")
+    for below in branch.branches:
+        drawn.children.append(draw(below))
+    if branch.rest is not None:
+        drawn.add(Text(f"{_percent(branch.rest)} {_rest(branch.hidden)}", style="dim"))
+    return drawn
+
+
+def find(store: Store, part: str) -> str:
+    """The id of the one circuit whose id is `part` or contains it; raises AtlasError unless there is one."""
+    if len(store.read("MATCH (c:Circuit {id: $part}) RETURN c.id AS id", part=part)):
+        return part
+    found = [str(id) for id in store.read(_FIND, part=part)["id"]]
+    if not found:
+        raise AtlasError(f"No circuit's id contains {part!r}; `atlas query circuits --format csv` lists them.")
+    if len(found) > 1:
+        named = ", ".join(found[:5]) + (", and more" if len(found) > 5 else "")
+        raise AtlasError(f"{part!r} is part of more than one circuit's id: {named}.")
+    return found[0]
+
+
+@click.command()
+@click.argument("circuit")
+@click.option("--depth", type=click.IntRange(1), default=3, show_default=True, help="Levels below the root.")
+@click.option("--top", type=click.IntRange(1), default=5, show_default=True, help="Most drivers of a node.")
+@click.option(
+    "--min-share",
+    type=click.FloatRange(0),
+    default=0.02,
+    show_default=True,
+    help="Least share of a node's pre-activation, of either sign.",
+)
+@store_option
+def show(circuit: str, depth: int, top: int, min_share: float, store: str | None) -> None:
+    """Show a circuit as a tree: its root, what drives it, and what drives that.
+
+    CIRCUIT is a circuit's id, or a part of it that no other circuit's id has.
+    """
+    with atlas.connect(store, create=False) as opened:
+        found = find(opened, circuit)
+        head = cast(dict[str, Any], opened.read(_HEAD, circuit=found).iloc[0].to_dict())
+        tokens = opened.read(_TOKENS, prompt=head["prompt"])
+        edges = queries.circuit(opened, found)
+    root = Node(head["root"], head["name"], head["kind"], _text(head["label"]), head["token"])
+    console = Console(highlight=False) if sys.stdout.isatty() else Console(width=100_000, color_system=None)
+    console.print(_heading(found, head, zip(tokens["position"], tokens["text"], strict=True)))
+    console.print(draw(tree(edges, root, depth=depth, top=top, min_share=min_share)))
+
+
+def _source(row: dict[str, Any]) -> Node:
+    return Node(row["source"], row["source_name"], row["source_kind"], _text(row["source_label"]), row["source_token"])
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _heading(circuit: str, head: dict[str, Any], tokens: Iterable[tuple[int, str]]) -> Text:
+    prompt = Text()
+    for position, token in tokens:
+        if position == head["position"]:
+            prompt.append(f"«{visible(token)}»", style="bold reverse")
+        elif position > 0 or head["text"].startswith(token):  # else it was put before the prompt
+            prompt.append(visible(token))
+    explained = (
+        f"explained {_percent(head['completeness'])}, errors {_percent(head['error_share'])}, "
+        f"pruned {_percent(head['pruned_share'])}"
+    )
+    kept = f"{head['n_nodes']} nodes, {head['n_edges']} edges, {head['rule']} at {head['threshold']:g}"
+    lines = [visible(circuit), prompt, f"value {head['root_value']:.4g}: {explained}", kept, ""]
+    return Text("\n").join(line if isinstance(line, Text) else Text(line) for line in lines)
+
+
+def _line(branch: Branch) -> Text:
+    line = Text()
+    if branch.driver:
+        line.append(f"{_percent(branch.driver.share)} ", style="bold red" if branch.driver.share < 0 else "bold")
+    line.append(visible(branch.node.name), style=_STYLES.get(branch.node.kind, ""))
+    if branch.node.label and branch.node.label not in branch.node.name:
+        line.append(f' "{visible(branch.node.label)}"', style="italic")
+    if branch.driver and branch.driver.heads:
+        line.append(_through(branch.driver))
+    if branch.seen:
+        line.append(" ↑ drivers above", style="dim")
+    return line
+
+
+def _through(driver: Driver) -> str:
+    """` via OV L2.H3 from " Texas"`; where several heads carry it, each with its share."""
+    alone = len(driver.heads) == 1
+    heads = [f"L{layer}.H{head}" + ("" if alone else f" {_percent(share)}") for layer, head, share in driver.heads]
+    return f' via OV {", ".join(heads)} from "{visible(driver.node.token)}"'
+
+
+def _rest(hidden: int) -> str:
+    weaker = "" if hidden == 0 else f"{hidden} weaker {'driver' if hidden == 1 else 'drivers'}, "
+    return f"rest: {weaker}the constant and what the circuit leaves out"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}%"
