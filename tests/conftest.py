@@ -1,0 +1,71 @@
+"""The databases that tests run on: one server of each engine a session, emptied for every test.
+
+`store` runs a test on both engines. Where no Neo4j can be started, its half is skipped with one line;
+with `neo4j` among ATLAS_TEST_REQUIRE that is a failure instead.
+"""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from atlas.schema import prepare
+from atlas.store import Store, connect
+from tests import neo4j_server
+from tests.neo4j_server import Neo4jServer
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_settings_from_outside() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("ATLAS_STORE", "NEO4J_USERNAME", "NEO4J_PASSWORD", "NEO4J_PASSWORD_FILE"):
+            patch.delenv(name, raising=False)
+        yield
+
+
+@pytest.fixture(scope="session")
+def neo4j_real() -> Iterator[Neo4jServer]:
+    """A running Neo4j; NEO4J_PASSWORD is set to its password for the rest of the session."""
+    if reason := neo4j_server.missing():
+        if "neo4j" in os.environ.get("ATLAS_TEST_REQUIRE", "").split(","):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    with neo4j_server.running() as server, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NEO4J_PASSWORD", server.password)
+        yield server
+
+
+@pytest.fixture(scope="session")
+def _neo4j_session(neo4j_real: Neo4jServer) -> Iterator[Store]:
+    with connect(neo4j_real.bolt) as store:
+        yield store
+
+
+@pytest.fixture(scope="session")
+def _embedded_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
+    with connect(tmp_path_factory.mktemp("embedded") / "store") as store:
+        yield store
+
+
+@pytest.fixture
+def embedded_store(_embedded_session: Store) -> Store:
+    """The embedded engine, prepared and otherwise empty."""
+    return _emptied(_embedded_session)
+
+
+@pytest.fixture
+def neo4j_store(_neo4j_session: Store) -> Store:
+    """A real Neo4j, prepared and otherwise empty."""
+    return _emptied(_neo4j_session)
+
+
+@pytest.fixture(params=["embedded", pytest.param("neo4j", marks=pytest.mark.neo4j)])
+def store(request: pytest.FixtureRequest) -> Store:
+    """A prepared and otherwise empty store, on each engine in turn."""
+    return request.getfixturevalue(f"{request.param}_store")
+
+
+def _emptied(store: Store) -> Store:
+    store.write(lambda transaction: transaction.run("MATCH (n) WHERE NOT n:Schema DETACH DELETE n").consume())
+    prepare(store)
+    return store

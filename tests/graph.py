@@ -1,0 +1,119 @@
+"""A stored prompt read back whole, and a record in the same form: equal graphs are equal values."""
+
+import json
+from typing import Any
+
+from atlas.records import Kind, PromptRecord
+from atlas.store import Store
+
+Graph = dict[str, Any]
+
+
+def graph_of(record: PromptRecord) -> Graph:
+    """What must be in the store once `record` is written."""
+    ids = [node.id for node in record.nodes]
+    nodes: dict[str, Any] = {}
+    for node in record.nodes:
+        given = {k: v for k, v in vars(node).items() if v is not None and k not in ("kind", "dictionary", "index")}
+        labels = {"CircuitNode", str(node.kind)} | ({"Activation"} if node.kind in (Kind.MLP, Kind.ATTN) else set())
+        feature = None if node.dictionary is None else f"{node.dictionary}/{node.index}"
+        at = f"{record.id}/{node.position}"
+        nodes[node.id] = (sorted(labels), given | {"prompt": record.id}, at, feature)
+    d, o = record.direct, record.ov
+    return {
+        "prompt": {
+            "id": record.id,
+            "text": record.text,
+            "n_tokens": len(record.token_ids),
+            "complete": True,
+            "requests": list(record.requests),
+            "fields": dict(record.fields),
+            **({"task": record.task} if record.task is not None else {}),
+            **({"source": record.source} if record.source is not None else {}),
+        },
+        "model": record.replacement_model,
+        "tokens": [(i, *token) for i, token in enumerate(zip(record.token_ids, record.token_texts, strict=True))],
+        "firings": {
+            f"{f.dictionary}/{f.index}": (list(f.positions), list(f.values), max(f.values)) for f in record.firings
+        },
+        "nodes": nodes,
+        "direct": sorted(
+            (ids[s], ids[t], w) for s, t, w in zip(d.source.tolist(), d.target.tolist(), d.weight.tolist(), strict=True)
+        ),
+        "ov": sorted(
+            (ids[s], ids[t], layer, head, w, p)
+            for s, t, layer, head, w, p in zip(
+                *(a.tolist() for a in (o.source, o.target, o.layer, o.head, o.weight, o.pattern)), strict=True
+            )
+        ),
+        "circuits": {
+            c.id: (
+                {
+                    "id": c.id,
+                    "prompt": record.id,
+                    "rule": c.rule,
+                    "threshold": c.threshold,
+                    "n_nodes": len(c.members),
+                    "n_edges": c.n_edges,
+                    "root_value": c.root_value,
+                    "completeness": c.completeness,
+                    "error_share": c.error_share,
+                    "pruned_share": c.pruned_share,
+                },
+                ids[c.root],
+                {ids[m]: a for m, a in zip(c.members.tolist(), c.attribution.tolist(), strict=True)},
+            )
+            for c in record.circuits
+        },
+    }
+
+
+def graph_in(store: Store, prompt: str) -> Graph:
+    """Everything that the store holds of one prompt."""
+
+    def rows(cypher: str) -> list[tuple[Any, ...]]:
+        frame = store.read(cypher, prompt=prompt).astype(object)
+        return list(frame.itertuples(index=False, name=None))
+
+    (properties, model) = rows(
+        "MATCH (p:Prompt {id: $prompt})-[:TRACED_BY]->(m) RETURN properties(p) AS properties, m.id AS model"
+    )[0]
+    circuits: dict[str, Any] = {
+        c["id"]: (c, root, {})
+        for c, root in rows(
+            "MATCH (:Prompt {id: $prompt})-[:HAS_CIRCUIT]->(c)-[:ROOT]->(r) RETURN properties(c) AS c, r.id AS root"
+        )
+    }
+    for circuit, node, attribution in rows(
+        "MATCH (c:Circuit {prompt: $prompt})-[e:INCLUDES]->(n) RETURN c.id, n.id, e.attribution"
+    ):
+        circuits[circuit][2][node] = attribution
+    return {
+        "prompt": properties | {"fields": json.loads(properties["fields"])},
+        "model": model,
+        "tokens": rows(
+            "MATCH (:Prompt {id: $prompt})-[:HAS_TOKEN]->(t) "
+            "RETURN t.position AS position, t.token_id AS id, t.text AS text ORDER BY position"
+        ),
+        "firings": {
+            feature: (positions, values, most)
+            for feature, positions, values, most in rows(
+                "MATCH (f:Feature)-[e:FIRES_ON]->(:Prompt {id: $prompt}) RETURN f.id, e.positions, e.values, e.max"
+            )
+        },
+        "nodes": {
+            node["id"]: (sorted(labels), node, token, feature)
+            for node, labels, token, feature in rows(
+                "MATCH (n:CircuitNode {prompt: $prompt})-[:AT]->(t) OPTIONAL MATCH (n)-[:OF]->(f) "
+                "RETURN properties(n) AS node, labels(n) AS labels, t.id AS token, f.id AS feature"
+            )
+        },
+        "direct": sorted(rows("MATCH (a:CircuitNode {prompt: $prompt})-[e:DIRECT]->(b) RETURN a.id, b.id, e.weight")),
+        "ov": sorted(
+            rows(
+                "MATCH (a:CircuitNode {prompt: $prompt})-[e:OV]->(b) "
+                "RETURN a.id, b.id, e.layer, e.head, e.weight, e.pattern"
+            )
+        ),
+        "circuits": circuits,
+    }
