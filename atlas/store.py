@@ -31,6 +31,7 @@ from atlas.errors import AtlasError
 from atlas.schema import check_version
 
 DEFAULT_FOLDER = "atlas-store"
+SCHEMES = ("bolt", "bolt+s", "bolt+ssc", "neo4j", "neo4j+s", "neo4j+ssc")
 CONNECTION_TIMEOUT = 15.0  # seconds
 
 T = TypeVar("T")
@@ -146,8 +147,11 @@ def _connect_neo4j(uri: str) -> Store:
     parts = urlsplit(uri)
     if "@" in parts.netloc:
         raise AtlasError("Keep the password out of the store's address: set NEO4J_USERNAME and NEO4J_PASSWORD.")
+    if parts.scheme not in SCHEMES or not parts.hostname:
+        raise AtlasError(f"The store's address {uri} is not one of a Neo4j; it looks like bolt://localhost:7687.")
+    auth = _credentials()
     try:
-        driver = _driver(uri, _credentials())
+        driver = _driver(uri, auth)
     except (DriverError, ValueError) as error:
         raise AtlasError(f"The store's address {uri} is not one of a Neo4j: {_first_line(error)}") from error
     try:

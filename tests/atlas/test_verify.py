@@ -1,0 +1,81 @@
+"""Every check of `verify` finds what was planted for it."""
+
+import pytest
+
+from atlas.store import Store
+from atlas.verify import QUESTIONS, verify
+from atlas.writer import register, write_prompt
+from tests.synthetic import synthetic_model, synthetic_prompt, synthetic_run
+
+PLANTED = [
+    ("prompts", "MATCH (p:Prompt) WITH p LIMIT 1 SET p.complete = false"),
+    ("prompts", "MATCH (p:Prompt) WITH p LIMIT 1 SET p.n_tokens = 99"),
+    ("prompts", "MATCH (:Prompt)-[e:TRACED_BY]->() WITH e LIMIT 1 DELETE e"),
+    ("tokens", "MATCH (:Token)-[e:NEXT]->() WITH e LIMIT 1 DELETE e"),
+    ("tokens", "MATCH (t:Token) WITH t LIMIT 1 SET t.position = 7"),
+    ("nodes", "MATCH (n:Embedding)-[e:AT]->() WITH e LIMIT 1 DELETE e"),
+    ("nodes", "MATCH (n:Error) WITH n LIMIT 1 SET n.layer = n.layer + 1"),
+    ("nodes", "MATCH (n:Bias) WITH n LIMIT 1 SET n.site = 'mlp2'"),
+    ("activations", "MATCH (:MLP)-[e:OF]->() WITH e LIMIT 1 DELETE e"),
+    ("activations", "MATCH (n:Attn)-[:OF]->(f) WITH f LIMIT 1 SET f.layer = 9"),
+    ("firings", "MATCH ()-[e:FIRES_ON]->() WITH e LIMIT 1 SET e.max = e.max + 1"),
+    ("firings", "MATCH ()-[e:FIRES_ON]->() WITH e LIMIT 1 SET e.positions = [0, 0]"),
+    ("firings", "MATCH (f)-[e:FIRES_ON]->(p) WITH f, e, p LIMIT 1 CREATE (f)-[:FIRES_ON {positions: [1]}]->(p)"),
+    ("inverted index", "MATCH (n:MLP {position: 1})-[:OF]->()-[e:FIRES_ON]->(:Prompt {id: n.prompt}) DELETE e"),
+    ("edges", "MATCH ()-[e:OV]->() WITH e LIMIT 1 SET e.layer = 9"),
+    (
+        "edges",
+        "MATCH (u:MLP {layer: 1}) MATCH (v:Attn {layer: 1, prompt: u.prompt}) WHERE u.position <= v.position "
+        "WITH u, v LIMIT 1 CREATE (u)-[:OV {layer: 1, head: 0, weight: 0.0, pattern: 0.1}]->(v)",
+    ),
+    (
+        "edges",
+        "MATCH (u:Embedding {position: 2}) MATCH (v:Attn {position: 1, prompt: u.prompt}) "
+        "WITH u, v LIMIT 1 CREATE (u)-[:OV {layer: v.layer, head: 0, weight: 0.0, pattern: 0.1}]->(v)",
+    ),
+    (
+        "edges",
+        "MATCH (u:Embedding {position: 1}) MATCH (v:Logit) WHERE u.prompt <> v.prompt "
+        "WITH u, v LIMIT 1 CREATE (u)-[:DIRECT {weight: 0.0}]->(v)",
+    ),
+    ("single edges", "MATCH (u)-[e:DIRECT]->(v) WITH u, v LIMIT 1 CREATE (u)-[:DIRECT {weight: 0.0}]->(v)"),
+    (
+        "single edges",
+        "MATCH (u)-[e:OV]->(v) WITH u, v, e LIMIT 1 "
+        "CREATE (u)-[:OV {layer: e.layer, head: e.head, weight: 0.0, pattern: 0.1}]->(v)",
+    ),
+    ("conservation", "MATCH ()-[e:DIRECT]->() WITH e LIMIT 1 SET e.weight = e.weight + 0.01"),
+    ("conservation", "MATCH ()-[e:OV]->() WITH e LIMIT 1 DELETE e"),
+    ("conservation", "MATCH (n:Logit) WITH n LIMIT 1 REMOVE n.unstored"),
+    ("circuits", "MATCH (:Circuit)-[e:ROOT]->() WITH e LIMIT 1 DELETE e"),
+    ("circuits", "MATCH (c:Circuit)-[:INCLUDES]->(n:Embedding) WITH c, n LIMIT 1 CREATE (c)-[:ROOT]->(n)"),
+    ("circuits", "MATCH (c:Circuit)-[e:INCLUDES]->(n) WITH c, n LIMIT 1 CREATE (c)-[:INCLUDES]->(n)"),
+    ("circuits", "MATCH (:Prompt)-[e:HAS_CIRCUIT]->() WITH e LIMIT 1 DELETE e"),
+    ("circuits", "MATCH (c:Circuit) WITH c LIMIT 1 SET c.n_nodes = c.n_nodes + 1"),
+    ("circuit edges", "MATCH (c:Circuit) WITH c LIMIT 1 SET c.n_edges = c.n_edges - 1"),
+    ("shares", "MATCH (c:Circuit) WITH c LIMIT 1 SET c.error_share = c.error_share + 0.001"),
+    ("shares", "MATCH (c:Circuit) WITH c LIMIT 1 REMOVE c.pruned_share"),
+    ("features", "MATCH (f:Feature) WITH f LIMIT 1 SET f.index = 1000"),
+    ("features", "MATCH (:Feature)-[e:IN]->() WITH e LIMIT 1 DELETE e"),
+    ("leftovers", "MATCH (p:Prompt) WITH p LIMIT 1 DETACH DELETE p"),
+    ("leftovers", "CREATE (:CircuitNode:Embedding {id: 'gone/0/embedding', prompt: 'gone'})"),
+]
+
+
+def test_every_check_has_something_planted() -> None:
+    assert {name for name, _ in PLANTED} == {question.name for question in QUESTIONS}
+
+
+@pytest.mark.parametrize(("name", "planted"), PLANTED)
+def test_a_planted_violation_is_found(store: Store, name: str, planted: str) -> None:
+    register(store, synthetic_model(), synthetic_run())
+    for seed in (1, 2):
+        write_prompt(store, synthetic_prompt(seed, n_tokens=3, n_active=1), "run-1")
+    store.write(lambda transaction: transaction.run(planted).consume())
+    found = {check.name: check for check in verify(store)}
+    assert found[name].violations > 0
+    assert found[name].example is not None
+
+
+def test_an_empty_store_has_nothing_to_check(store: Store) -> None:
+    assert all(check.checked == check.violations == 0 for check in verify(store))
