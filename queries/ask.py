@@ -43,7 +43,9 @@ def ask(store: Store, name: str, given: Mapping[str, object]) -> pd.DataFrame:
 def typed(frame: pd.DataFrame, asked: Question) -> pd.DataFrame:
     """The frame with the question's columns and their dtypes."""
     names = [column.name for column in asked.columns]
-    return frame[names].astype({column.name: _DTYPES[column.type] for column in asked.columns})
+    answer = frame[names].astype({column.name: _DTYPES[column.type] for column in asked.columns})
+    answer.columns = pd.Index(names)
+    return answer
 
 
 def _refuse_unknown(store: Store, asked: Question, parameters: Mapping[str, Value]) -> None:

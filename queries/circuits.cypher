@@ -29,29 +29,30 @@
 // In Neo4j Browser, first:
 //   :param {prompt: null, feature: null, task: null, rule: "relative", limit: 20}
 
+// One way in, by the narrowest thing that is given.
 CALL () {
-  MATCH (c:Circuit {prompt: $prompt})
-  RETURN c
-  UNION
   MATCH (:Feature {id: $feature})<-[:OF]-(:CircuitNode)<-[:INCLUDES]-(c:Circuit)
   RETURN c
   UNION
-  MATCH (:Prompt {task: $task})-[:HAS_CIRCUIT]->(c:Circuit)
+  UNWIND CASE WHEN $feature IS NULL AND $prompt IS NOT NULL THEN [$prompt] ELSE [] END AS id
+  MATCH (c:Circuit {prompt: id})
   RETURN c
   UNION
-  UNWIND CASE WHEN coalesce($prompt, $feature, $task) IS NULL THEN [true] ELSE [] END AS everything
+  UNWIND CASE WHEN coalesce($feature, $prompt) IS NULL AND $task IS NOT NULL THEN [$task] ELSE [] END AS task
+  MATCH (:Prompt {task: task})-[:HAS_CIRCUIT]->(c:Circuit)
+  RETURN c
+  UNION
+  UNWIND CASE WHEN coalesce($feature, $prompt, $task) IS NULL THEN [true] ELSE [] END AS everything
   MATCH (c:Circuit)
   RETURN c
 }
-WITH c
+MATCH (p:Prompt)-[:HAS_CIRCUIT]->(c)
 WHERE ($rule IS NULL OR c.rule = $rule)
-  AND ($prompt IS NULL OR c.prompt = $prompt)
-  AND ($task IS NULL OR EXISTS { MATCH (:Prompt {task: $task})-[:HAS_CIRCUIT]->(c) })
-  AND ($feature IS NULL OR EXISTS { MATCH (c)-[:INCLUDES]->(:CircuitNode)-[:OF]->(:Feature {id: $feature}) })
-WITH c
+  AND ($prompt IS NULL OR p.id = $prompt)
+  AND ($task IS NULL OR p.task = $task)
+WITH p, c
 ORDER BY c.completeness DESC, c.id
 LIMIT toInteger($limit)
-MATCH (p:Prompt)-[:HAS_CIRCUIT]->(c)
 MATCH (c)-[:ROOT]->(root:CircuitNode)-[:AT]->(token:Token)
 RETURN c.id AS circuit,
        p.id AS prompt,

@@ -80,14 +80,13 @@ OPTIONAL MATCH (s)-[:OF]->(f:Feature)
 OPTIONAL MATCH (t)-[:OF]->(g:Feature)
 WITH e, hop, s, t, f, g, token,
      [label IN labels(s) WHERE NOT label IN ['CircuitNode', 'Activation']][0] AS source_kind,
-     [label IN labels(t) WHERE NOT label IN ['CircuitNode', 'Activation']][0] AS target_kind,
-     split(substring(s.id, size(s.prompt) + 1), '/') AS place
+     [label IN labels(t) WHERE NOT label IN ['CircuitNode', 'Activation']][0] AS target_kind
 WITH hop,
      CASE
        WHEN f IS NOT NULL THEN f.id
        WHEN source_kind = 'Embedding' THEN 'embedding of "' + token.text + '"'
        WHEN source_kind = 'PositionEmbedding' THEN 'position ' + s.position
-       ELSE 'L' + s.layer + ' ' + place[2] + ' ' + toLower(source_kind)
+       ELSE 'L' + s.layer + ' ' + s.site + ' ' + toLower(source_kind)
      END AS source,
      source_kind,
      f.label AS source_label,

@@ -1,0 +1,49 @@
+"""A store with a few prompts of two tasks, some features labelled, and the same prompts as pandas tables."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+
+from atlas.store import Store
+from atlas.writer import register, write_prompt
+from tests.queries.expected import LABELS, Tables, tables
+from tests.synthetic import synthetic_model, synthetic_prompt, synthetic_run
+
+
+@dataclass(frozen=True)
+class Filled:
+    store: Store
+    tables: Tables
+
+
+def fill(store: Store) -> Filled:
+    """Five prompts: three of the task `stones`, one of `rivers`, one of none; one circuit under another rule."""
+    tasks = ["stones", "stones", "stones", "rivers", None]
+    prompts = [replace(synthetic_prompt(i, 4, 3, 0.4), task=task) for i, task in enumerate(tasks)]
+    first = prompts[0].circuits[0]
+    paper = replace(first, id=first.id.replace("/relative", "/paper"), rule="paper", members=first.members[-5:])
+    paper = replace(paper, attribution=first.attribution[-5:], root=int(first.members[-1]))
+    prompts[0] = replace(prompts[0], circuits=(*prompts[0].circuits, paper))
+    run = synthetic_run()
+    register(store, synthetic_model(), run)
+    for prompt in prompts:
+        write_prompt(store, prompt, run.id)
+    set_labels = "UNWIND $rows AS row MATCH (f:Feature {id: row.id}) SET f.label = row.label"
+    rows = [{"id": id, "label": label} for id, label in LABELS.items()]
+    store.write(lambda transaction: transaction.run(set_labels, rows=rows).consume())
+    return Filled(store, tables(prompts))
+
+
+@pytest.fixture
+def filled(store: Store) -> Filled:
+    return fill(store)
+
+
+@pytest.fixture
+def filled_embedded(embedded_store: Store) -> Filled:
+    return fill(embedded_store)
+
+
+@pytest.fixture
+def filled_neo4j(neo4j_store: Store) -> Filled:
+    return fill(neo4j_store)
