@@ -5,7 +5,9 @@ name that the hub's cache knows. Weights are folded and centred (fold_ln, center
 center_unembed, fold_value_biases), the convention METHOD.md is written in.
 """
 
+import contextlib
 import hashlib
+import io
 import logging
 import warnings
 from dataclasses import dataclass
@@ -74,7 +76,9 @@ def load_model(name: str, dtype: torch.dtype = torch.float32) -> LanguageModel:
     config = bridge.original_model.config
     if config.model_type != "gpt2":
         raise AtlasError(f"model {name!r} is of type {config.model_type!r}; the atlas reads GPT-2's architecture only")
-    bridge = bridge.to(dtype)
+    if dtype is not torch.float32:
+        with contextlib.redirect_stdout(io.StringIO()):
+            bridge = bridge.to(dtype)
     for parameter_name, parameter in bridge.named_parameters():
         if not torch.isfinite(parameter).all():
             raise AtlasError(f"model {name!r} has NaN or infinite values in {parameter_name}; its file is damaged")

@@ -120,7 +120,7 @@ def test_the_planted_path_is_found(setup, rule, threshold):
 
 
 def strongest_path(record, root):
-    """From a root to an embedding, always along the strongest incoming edge: [(node, (layer, head) it came through)]."""
+    """From a root along the strongest incoming edges: [(node, (layer, head) that led there)]."""
     node, through = root, None
     path = [(record.nodes[root].id, None)]
     while record.nodes[node].index is not None or node == root:

@@ -1,0 +1,136 @@
+"""What a prompt costs before the database: its forward pass and encode, against everything.
+
+    python -m benchmarks.bench_ingest mini|gpt2
+
+A prompt of 64 tokens with the 11 default roots. `forward + encode` is `Setup.replace`; `whole` adds roots,
+sweep, edges and records. Both are timed in turn in one run, the medians compared. For `gpt2` a random model
+of GPT-2 small's shape stands in, with random dictionaries of 24,576 features at both sites of all 12
+layers, their biases set so that about 50 features fire a token and site. Prints one JSON object.
+"""
+
+import json
+import resource
+import statistics
+import sys
+import tempfile
+import time
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from atlas.records import DictionaryRecord, ReplacementModelRecord
+from ingest.circuits import CircuitRequest, prompt_record
+from ingest.cli import THRESHOLDS
+from ingest.dictionaries import Dictionary
+from ingest.model import MINI, LanguageModel, load_model
+from ingest.prompts import Prompt
+from ingest.roots import parse_root
+from ingest.setup import Setup, set_up
+from ingest.trace import trace
+
+N_TOKENS, D_SAE, L0, REPEATS = 64, 24_576, 50, 7
+
+
+def main(which: str) -> None:
+    """Measure and print."""
+    setup = set_up("mini") if which == "mini" else gpt2_shaped()
+    tokens = text_tokens(setup)
+    requests = [
+        CircuitRequest("relative", THRESHOLDS["relative"], parse_root("default", setup.model, setup.dictionaries))
+    ]
+    base, whole, edges = [], [], 0
+    for i in range(REPEATS + 1):
+        base.append(seconds(lambda: setup.replace(tokens)))
+        started = time.perf_counter()
+        record = prompt_record(
+            Prompt("", "bench"), "bench", setup.model, setup.record.id, setup.replace(tokens), requests
+        )
+        whole.append(time.perf_counter() - started)
+        edges = len(record.direct.weight) + len(record.ov.weight)
+        if i == 0:
+            base.clear(), whole.clear()
+    print(
+        json.dumps(
+            {
+                "model": which,
+                "tokens": len(tokens),
+                "active features a token and site": round(firing_rate(setup, tokens), 1),
+                "circuits": len(record.circuits),
+                "nodes": len(record.nodes),
+                "edges": edges,
+                "forward + encode, ms": round(1000 * statistics.median(base), 1),
+                "whole, ms": round(1000 * statistics.median(whole), 1),
+                "ratio": round(statistics.median(w / b for w, b in zip(whole, base, strict=True)), 2),
+                "peak memory, GB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+            }
+        )
+    )
+
+
+def seconds(work) -> float:
+    """How long `work` takes."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def text_tokens(setup: Setup) -> list[int]:
+    """BOS and 63 tokens: prompts of the package for `mini`, random ones for a random model."""
+    if setup.record.name != "mini":
+        generator = torch.Generator().manual_seed(1)
+        return [setup.model.bos, *torch.randint(0, 50_000, (N_TOKENS - 1,), generator=generator).tolist()]
+    rows = (MINI.parent / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    return setup.model.tokens(" ".join(json.loads(row)["prompt"] for row in rows))[:N_TOKENS]
+
+
+def firing_rate(setup: Setup, tokens: list[int]) -> float:
+    """Active features a token and site, BOS left out."""
+    replacement = setup.replace(tokens)
+    rates = [site.active[1:].sum(1).double().mean() for site in (*replacement.attn, *replacement.mlp)]
+    return float(torch.stack(rates).mean())
+
+
+def gpt2_shaped() -> Setup:
+    """A random model of GPT-2 small's shape with random dictionaries at every site."""
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        GPT2LMHeadModel(GPT2Config()).save_pretrained(folder)
+        PreTrainedTokenizerFast.from_pretrained(MINI).save_pretrained(folder)
+        model = load_model(folder)
+    generator = torch.Generator().manual_seed(1)
+    probe = trace(model, [0, *torch.randint(0, 50_000, (N_TOKENS - 1,), generator=generator).tolist()])
+    dictionaries = [
+        random_dictionary(model, layer, site, x)
+        for layer in range(12)
+        for site, x in (("attn", probe.z[layer].flatten(1)), ("mlp", probe.mlp_in[layer]))
+    ]
+    record = ReplacementModelRecord("bench", "gpt2-shaped", model.record, tuple(d.record for d in dictionaries))
+    return Setup(model, dictionaries, record)
+
+
+def random_dictionary(model: LanguageModel, layer: int, site: str, x: torch.Tensor) -> Dictionary:
+    """Random weights, with encoder biases that let about L0 features fire on a token of `x`."""
+    d = x.shape[1]
+    W_enc = torch.randn(D_SAE, d).div_(d**0.5).T
+    p = x[1:] @ W_enc
+    bias = -p.flatten().kthvalue(int(p.numel() * (1 - L0 / D_SAE))).values
+    record = DictionaryRecord(
+        id=f"{model.record.id}/{layer}/{site}",
+        layer=layer,
+        site=site,
+        kind="sae" if site == "attn" else "transcoder",
+        activation="relu",
+        hook_in=f"blocks.{layer}." + ("attn.hook_z" if site == "attn" else "ln2.hook_normalized"),
+        hook_out=f"blocks.{layer}." + ("attn.hook_z" if site == "attn" else "hook_mlp_out"),
+        d_in=d,
+        d_sae=D_SAE,
+        source="random",
+        revision="random",
+        sha256="random",
+    )
+    W_dec = torch.randn(D_SAE, d).div_(d**0.5)
+    return Dictionary(W_enc, bias.expand(D_SAE).clone(), torch.zeros(d), W_dec, torch.zeros(d), None, None, record)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

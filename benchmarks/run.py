@@ -1,0 +1,68 @@
+"""`make bench`: runs every benchmark, each in a process of its own, and writes RESULTS.md beside this file.
+
+All comparisons are ratios taken within one run. Seconds are those of the machine named in the table.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+HERE = Path(__file__).parent
+BENCHES = [
+    ("A prompt before the database", "bench_ingest", ["mini", "gpt2"]),
+    ("Writing", "bench_write", ["embedded", "neo4j"]),
+]
+
+
+def main() -> None:
+    """Run all and write the tables."""
+    parts = [f"# Benchmarks\n\nWritten by `make bench`. {machine()}\n"]
+    for title, module, arguments in BENCHES:
+        rows = [run(module, argument) for argument in arguments]
+        doc = HERE.joinpath(f"{module}.py").read_text(encoding="utf-8").split('"""')[1].strip()
+        parts.append(f"## {title}\n\n{doc}\n\n{table(rows)}\n")
+    (HERE / "RESULTS.md").write_text("\n".join(parts), encoding="utf-8")
+    print((HERE / "RESULTS.md").read_text(encoding="utf-8"))
+
+
+def run(module: str, argument: str) -> dict[str, object]:
+    """The JSON object that a benchmark prints last."""
+    print(f"benchmarks.{module} {argument} ...", file=sys.stderr)
+    command = [sys.executable, "-m", f"benchmarks.{module}", argument]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def table(rows: list[dict[str, object]]) -> str:
+    """Rows as a Markdown table, one column a run."""
+    lines = [
+        "| | " + " | ".join(str(next(iter(row.values()))) for row in rows) + " |",
+        "|---" * (len(rows) + 1) + "|",
+    ]
+    for key in list(rows[0])[1:]:
+        lines.append(f"| {key} | " + " | ".join(f"{row[key]:,}" for row in rows) + " |")
+    return "\n".join(lines)
+
+
+def machine() -> str:
+    """The machine and the versions that the figures belong to."""
+    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if "model name" in line), "?")
+    memory = next((int(line.split()[1]) // 2**20 for line in _lines("/proc/meminfo") if "MemTotal" in line), 0)
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformer-lens", "arcadedb-embedded"))
+    return (
+        f"Machine: {os.cpu_count()} cores ({cpu}), {memory} GB, no GPU; Python {platform.python_version()}, {versions}. "
+        f"{datetime.now(UTC):%Y-%m-%d}."
+    )
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,326 @@
+"""Ingestion jobs as a user runs them: stored once, resumed after a kill, replaced when more is asked."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from atlas.cli import atlas as command
+from atlas.errors import AtlasError
+from atlas.store import Store, connect
+from atlas.verify import verify
+from ingest.circuits import prompt_record
+from ingest.job import circuit_requests, prepare_tasks, run
+from ingest.prompts import Prompt
+from ingest.setup import set_up
+from tests.graph import graph_in, graph_of
+from tests.ingest.models import N_CTX, write_random
+
+TEXTS = ["The capital of Texas is", "Mary and John said", "The old house in Paris", "France is the old"]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return write_random(tmp_path_factory.mktemp("model") / "little", "topk", "attn.hook_z", "jumprelu")
+
+
+@pytest.fixture(scope="module")
+def setup(directory):
+    return set_up(str(directory))
+
+
+def no_complaint(sentence: str) -> None:
+    raise AssertionError(sentence)
+
+
+def ingest(store: Store, setup, texts, specs=("default",), rule="relative", threshold=0.05, complain=no_complaint):
+    tasks = prepare_tasks(setup, [Prompt(text, "test", task="t") for text in texts], False, complain)
+    requests = circuit_requests(setup, specs, rule, threshold)
+    return run(store, setup, tasks, requests, complain, lambda summary: None), tasks, requests
+
+
+def counts(store: Store) -> dict[str, int]:
+    frame = store.read("MATCH (c:Circuit) RETURN c.rule AS rule, count(*) AS n")
+    return dict(zip(frame["rule"], frame["n"], strict=True))
+
+
+def test_what_is_written_is_what_was_computed(store, setup):
+    summary, tasks, requests = ingest(store, setup, TEXTS)
+    assert summary.prompts == len(TEXTS)
+    for task in tasks:
+        replacement = setup.replace(task.tokens)
+        record = prompt_record(task.prompt, task.id, setup.model, setup.record.id, replacement, requests)
+        assert len(record.circuits) == 11
+        assert graph_in(store, task.id) == graph_of(record)
+    assert [check.name for check in verify(store) if check.violations] == []
+
+
+def test_the_same_again_writes_nothing(store, setup):
+    ingest(store, setup, TEXTS[:2])
+    before = [graph_in(store, task.id) for task in prepare_tasks(setup, prompts(TEXTS[:2]), False, no_complaint)]
+    summary, tasks, _ = ingest(store, setup, TEXTS[:2])
+    assert (summary.prompts, summary.skipped) == (0, 2)
+    assert [graph_in(store, task.id) for task in tasks] == before
+
+
+def prompts(texts):
+    return [Prompt(text, "test", task="t") for text in texts]
+
+
+def test_another_rule_is_added_and_nothing_is_lost(store, setup):
+    ingest(store, setup, TEXTS[:1], ["logits"])
+    assert counts(store) == {"relative": 3}
+    ingest(store, setup, TEXTS[:1], ["logits"], rule="top_mass", threshold=0.5)
+    assert counts(store) == {"relative": 3, "top_mass": 3}
+    ingest(store, setup, TEXTS[:1], ["features"])
+    assert counts(store) == {"relative": 11, "top_mass": 3}
+
+
+def test_another_threshold_replaces(store, setup):
+    ingest(store, setup, TEXTS[:1], ["logits"], threshold=0.05)
+    ingest(store, setup, TEXTS[:1], ["logits"], threshold=0.2)
+    frame = store.read("MATCH (c:Circuit) RETURN c.threshold AS threshold")
+    assert frame["threshold"].tolist() == [0.2] * 3
+
+
+def test_nothing_fires_or_is_rooted_on_bos(store, setup):
+    ingest(store, setup, TEXTS)
+    positions = store.read("MATCH (:Feature)-[f:FIRES_ON]->(:Prompt) UNWIND f.positions AS position RETURN position")
+    assert len(positions) > 100
+    assert positions["position"].min() >= 1
+    roots = store.read("MATCH (:Circuit)-[:ROOT]->(n) RETURN n.position AS position")
+    assert roots["position"].min() >= 1
+
+
+@pytest.mark.parametrize("spec", ["logits", "features", "@2", "2/mlp/{feature}", "2/mlp/{feature}@2", " is", " is-The"])
+def test_every_kind_of_root(embedded_store, setup, spec):
+    replacement = setup.replace(setup.model.tokens(TEXTS[0]))
+    feature = int(replacement.mlp[2].index[2, replacement.mlp[2].value[2].argmax()])
+    spec = spec.format(feature=feature)
+    summary, _, _ = ingest(embedded_store, setup, TEXTS[:1], [spec])
+    expected = {"logits": 3, "features": 8, "@2": 7}.get(spec, 1)
+    assert summary.circuits == expected
+    frame = embedded_store.read("MATCH (c:Circuit)-[:ROOT]->(n) RETURN n.position AS position, n.id AS id")
+    if "@2" in spec:
+        assert set(frame["position"]) == {2}
+    if spec == " is-The":
+        first, second = setup.model.tokens(" is")[1], setup.model.tokens("The")[1]
+        assert frame["id"][0].endswith(f"/logit/{first}-{second}")
+
+
+def test_roots_are_combined_and_not_doubled(embedded_store, setup):
+    summary, _, _ = ingest(embedded_store, setup, TEXTS[:1], ["logits", "features", "default"])
+    assert summary.circuits == 11
+
+
+@pytest.mark.parametrize(
+    ("spec", "sentence"),
+    [
+        ("9/mlp/1", "layers 0 to 2"),
+        ("1/attn/99999", "features 0 to 31"),
+        ("other/1/attn/3", "model 'other'"),
+        ("default@0", "positions run from 1"),
+        (" is@99", "positions run from 1"),
+        (" Constantinople", "neither"),
+    ],
+)
+def test_unknown_roots(setup, spec, sentence):
+    with pytest.raises(AtlasError, match=sentence):
+        circuit_requests(setup, [spec], "relative", 0.1)
+
+
+def test_a_feature_that_is_not_active_is_said_and_not_stored(embedded_store, setup):
+    quiet = next(j for j in range(24) if not fires(setup, j))
+    said: list[str] = []
+    summary, _, _ = ingest(embedded_store, setup, TEXTS[:1], [f"2/mlp/{quiet}"], complain=said.append)
+    assert (summary.prompts, summary.refused) == (0, 1)
+    assert "none of the roots" in said[0]
+    assert embedded_store.read("MATCH (p:Prompt) RETURN count(p) AS n")["n"][0] == 0
+
+
+def fires(setup, feature):
+    site = setup.replace(setup.model.tokens(TEXTS[0])).mlp[2]
+    return bool((site.active[1:] & (site.index[1:] == feature)).any())
+
+
+def test_kill_and_resume_equals_an_undisturbed_run(tmp_path, directory, setup):
+    """kill -9 while prompts are being written, then the same command again."""
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(f"{text} {word}" for text in TEXTS for word in ("old", "said", "is", "in", "the")))
+    args = [sys.executable, "-m", "tests.ingest.atlas_main", "ingest", str(file), "--model", str(directory)]
+    killed = tmp_path / "killed"
+    process = subprocess.Popen([*args, "--store", str(killed)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    kill_after(process, 4)
+    assert process.wait() == -signal.SIGKILL
+    with connect(killed) as store:
+        done = store.read("MATCH (p:Prompt) RETURN count(p) AS n, sum(CASE WHEN p.complete THEN 1 ELSE 0 END) AS whole")
+        assert 0 < done["n"][0] < 20
+        assert done["n"][0] == done["whole"][0]
+    subprocess.run([*args, "--store", str(killed)], check=True, capture_output=True)
+    subprocess.run([*args, "--store", str(tmp_path / "undisturbed")], check=True, capture_output=True)
+    ids = [task.id for task in prepare_tasks(setup, prompts(file.read_text().split("\n")), False, no_complaint)]
+    assert len(ids) == 20
+    graphs = []
+    for folder in ("killed", "undisturbed"):
+        with connect(tmp_path / folder) as store:
+            assert [check.name for check in verify(store) if check.violations] == []
+            graphs.append([graph_in(store, id) for id in ids])
+            assert store.read("MATCH (p:Prompt) RETURN count(p) AS n")["n"][0] == 20
+    assert graphs[0] == graphs[1]
+
+
+def kill_after(process: subprocess.Popen[bytes], prompts: int) -> None:
+    """kill -9 once the process says that `prompts` prompts were computed; the last of them are being written."""
+    stderr = process.stderr
+    assert stderr
+    for line in stderr:
+        if line.startswith(b"progress ") and int(line.split()[1]) >= prompts:
+            break
+    process.kill()
+
+
+def test_ctrl_c_ends_cleanly(tmp_path, directory):
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(f"{text} {word}" for text in TEXTS for word in ("old", "said", "is", "in", "the")))
+    args = [sys.executable, "-m", "tests.ingest.atlas_main", "ingest", str(file), "--model", str(directory)]
+    process = subprocess.Popen([*args, "--store", str(tmp_path / "s")], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stderr
+    for line in process.stderr:
+        if line.startswith(b"progress 3"):
+            break
+    os.kill(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"Stopped by Ctrl-C" in err
+    assert b"Traceback" not in err
+    with connect(tmp_path / "s") as store:
+        assert store.read("MATCH (r:Run) RETURN r.status AS status")["status"].tolist() == ["interrupted"]
+        assert [check.name for check in verify(store) if check.violations] == []
+
+
+# Bad input, through the command line
+
+
+def atlas(*args: str, stdin: str | bytes | None = None) -> tuple[int, str]:
+    """Exit status and everything printed by `atlas ARGS`, in a process of its own."""
+    data = stdin.encode() if isinstance(stdin, str) else stdin
+    done = subprocess.run([Path(sys.executable).with_name("atlas"), *args], input=data, capture_output=True, check=False)
+    return done.returncode, (done.stdout + done.stderr).decode()
+
+
+def refused(tmp_path, directory, *args: str, stdin: str | bytes | None = None) -> str:
+    store = tmp_path / "store"
+    status, printed = atlas("ingest", *args, "--model", str(directory), "--store", str(store), stdin=stdin)
+    assert status == 2, printed
+    assert "Traceback" not in printed
+    assert not store.exists(), "nothing may be written"
+    return printed
+
+
+def test_empty_prompt(tmp_path, directory):
+    assert "empty prompt" in refused(tmp_path, directory, "--text", "  ")
+
+
+def test_long_prompt_offers_truncate(tmp_path, directory):
+    text = "The house " * N_CTX
+    assert "--truncate" in refused(tmp_path, directory, "--text", text)
+    args = ("ingest", "--text", text, "--truncate", "--model", str(directory), "--store", str(tmp_path / "s"))
+    status, printed = atlas(*args)
+    assert status == 0, printed
+    with connect(tmp_path / "s") as store:
+        assert store.read("MATCH (p:Prompt) RETURN p.n_tokens AS n")["n"][0] == N_CTX
+
+
+def test_not_utf8(tmp_path, directory):
+    file = tmp_path / "latin.txt"
+    file.write_bytes("fine\nnaïve".encode("latin-1"))
+    assert "not UTF-8 text (line 2)" in refused(tmp_path, directory, str(file))
+
+
+def test_a_bad_line_is_named_and_the_others_go_on(tmp_path, directory):
+    rows = [{"prompt": TEXTS[0], "task": "a", "answer": 3}, "{oops", {"task": "b"}, {"prompt": TEXTS[1]}, [1]]
+    text = "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows)
+    store = tmp_path / "s"
+    status, printed = atlas("ingest", "-", "--model", str(directory), "--store", str(store), stdin=text)
+    assert status == 2
+    for number in (2, 3, 5):
+        assert f"standard input:{number} " in printed
+    assert "3 prompts were left out" in printed
+    with connect(store) as opened:
+        frame = opened.read("MATCH (p:Prompt) RETURN p.text AS text, p.fields AS fields, p.task AS task ORDER BY text")
+    assert frame["text"].tolist() == sorted(TEXTS[:2])
+    assert json.loads(frame["fields"][1]) == {"answer": 3}
+    assert frame["task"].tolist() == [None, "a"]
+
+
+def test_csv(tmp_path, directory):
+    file = tmp_path / "prompts.csv"
+    file.write_text('prompt,task,note\n"The capital of Texas is",geo,"a, b"\n"",geo,\n')
+    status, printed = atlas("ingest", str(file), "--model", str(directory), "--store", str(tmp_path / "s"))
+    assert status == 2
+    assert "prompts.csv:3 has no text" in printed
+    file.write_text("text\nhello\n")
+    assert "no column `prompt`" in refused(tmp_path / "again", directory, str(file))
+
+
+def test_unknown_rule_threshold_file_and_model(tmp_path, directory):
+    assert "no rule 'best'" in refused(tmp_path, directory, "--text", "x", "--rule", "best")
+    assert "does not suit" in refused(tmp_path, directory, "--text", "x", "--threshold", "2")
+    assert "cannot be read" in refused(tmp_path, directory, str(tmp_path / "none.txt"))
+    assert "no model" in refused(tmp_path, "no/such/model", "--text", "x")
+    assert "nothing to ingest" in refused(tmp_path, directory)
+
+
+def test_damaged_weights_and_misfits(tmp_path, directory):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    copy = tmp_path / "copy"
+    shutil.copytree(directory, copy)
+    weights = load_file(copy / "model.safetensors")
+    weights["transformer.h.0.mlp.c_fc.weight"][0, 0] = float("nan")
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(AtlasError, match="NaN or infinite"):
+        set_up(str(copy))
+
+    shutil.rmtree(copy)
+    shutil.copytree(directory, copy)
+    file = copy / "dictionaries" / "1.mlp" / "sae_weights.safetensors"
+    dictionary = load_file(file)
+    save_file({**dictionary, "b_enc": dictionary["b_enc"] + float("inf")}, file)
+    with pytest.raises(AtlasError, match=r"1\.mlp has NaN"):
+        set_up(str(copy))
+
+    config = json.loads((copy / "dictionaries" / "1.mlp" / "cfg.json").read_text())
+    config.update(d_in=8)
+    (copy / "dictionaries" / "1.mlp" / "cfg.json").write_text(json.dumps(config))
+    save_file({**dictionary, "W_enc": dictionary["W_enc"][:8].contiguous()}, file)
+    with pytest.raises(AtlasError, match="is 16 wide"):
+        set_up(str(copy))
+
+    shutil.rmtree(copy / "dictionaries" / "1.mlp")
+    with pytest.raises(AtlasError, match="no dictionary for layer 1 mlp"):
+        set_up(str(copy))
+
+
+def test_help_is_quick_and_lists_the_command():
+    result = CliRunner().invoke(command, ["--help"])
+    assert result.exit_code == 0
+    assert "ingest" in result.output
+    loaded = subprocess.run(
+        [sys.executable, "-c", "import sys, ingest.cli; print('torch' in sys.modules)"], capture_output=True, check=True
+    )
+    assert loaded.stdout.strip() == b"False"
+
+
+def test_progress_is_silent_in_a_pipe(tmp_path, directory):
+    status, printed = atlas("ingest", "--text", TEXTS[0], "--model", str(directory), "--store", str(tmp_path / "s"))
+    assert status == 0
+    assert len(printed.strip().splitlines()) == 1, printed
+    assert "1 prompt" in printed
