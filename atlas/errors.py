@@ -6,3 +6,9 @@ class AtlasError(Exception):
 
     The command line prints the sentence and exits with status 2.
     """
+
+
+def cause(error: BaseException) -> str:
+    """What another library raised, in the words that fit into a sentence: its kind and its first line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

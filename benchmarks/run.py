@@ -55,8 +55,8 @@ def machine() -> str:
     memory = next((int(line.split()[1]) // 2**20 for line in _lines("/proc/meminfo") if "MemTotal" in line), 0)
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformer-lens", "arcadedb-embedded"))
     return (
-        f"Machine: {os.cpu_count()} cores ({cpu}), {memory} GB, no GPU; Python {platform.python_version()}, {versions}. "
-        f"{datetime.now(UTC):%Y-%m-%d}."
+        f"Machine: {os.cpu_count()} cores ({cpu}), {memory} GB, no GPU; "
+        f"Python {platform.python_version()}, {versions}. {datetime.now(UTC):%Y-%m-%d}."
     )
 
 

@@ -47,7 +47,7 @@ def ingest(
     FILE is .txt (a prompt a line), .jsonl (with `prompt`, optional `task`), .csv, or - for standard input.
     """
     if not files and not texts:
-        raise AtlasError("nothing to ingest: give a file, --text, or - for standard input")
+        raise AtlasError("Nothing to ingest: give a file, --text, or - for standard input.")
     threshold = _threshold(rule, threshold)
     refusals: list[str] = []
 
@@ -60,7 +60,7 @@ def ingest(
     prompts = [Prompt(text, "--text") for text in texts]
     prompts += [prompt for file in files for prompt in read_prompts(file, complain)]
     if not prompts:
-        raise AtlasError(f"there is no prompt in {', '.join(files)}")
+        raise AtlasError(f"There is no prompt in {', '.join(files)}.")
 
     with _Display() as display:
         from ingest.job import circuit_requests, prepare_tasks, run
@@ -70,7 +70,7 @@ def ingest(
         requests = circuit_requests(setup, roots, rule, threshold)
         tasks = prepare_tasks(setup, prompts, truncate, complain)
         if not tasks:
-            raise AtlasError("no prompt is left to ingest; nothing was written")
+            raise AtlasError("No prompt is left to ingest; nothing was written.")
 
         import atlas
 
@@ -79,16 +79,16 @@ def ingest(
             run(opened, setup, tasks, requests, complain, display.update)
     if refusals:
         raise AtlasError(
-            f"{len(refusals)} {'prompt was' if len(refusals) == 1 else 'prompts were'} left out, see above"
+            f"{len(refusals)} {'prompt was' if len(refusals) == 1 else 'prompts were'} left out, see above."
         )
 
 
 def _threshold(rule: str, threshold: float | None) -> float:
     if rule not in THRESHOLDS:
-        raise AtlasError(f"there is no rule {rule!r}; the rules are {', '.join(THRESHOLDS)}")
+        raise AtlasError(f"There is no rule {rule!r}; the rules are {', '.join(THRESHOLDS)}.")
     value = THRESHOLDS[rule] if threshold is None else threshold
     if not 0 <= value < (float("inf") if rule == "paper" else 1):
-        raise AtlasError(f"threshold {value} does not suit rule {rule}; it takes {_range(rule)}")
+        raise AtlasError(f"Threshold {value} does not suit rule {rule}; it takes {_range(rule)}.")
     return value
 
 

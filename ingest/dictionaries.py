@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 
-from atlas.errors import AtlasError
+from atlas.errors import AtlasError, cause
 from atlas.records import DictionaryRecord
 from ingest.model import LanguageModel, sha256
 
@@ -73,18 +73,18 @@ def load_dictionaries(directory: Path, model: LanguageModel) -> list[Dictionary]
     """
     folders = sorted(p.parent for p in directory.glob("*/cfg.json"))
     if not folders:
-        raise AtlasError(f"no dictionaries in {directory}: one folder each is expected, with cfg.json inside")
+        raise AtlasError(f"No dictionaries in {directory}: one folder each is expected, with cfg.json inside.")
     found: dict[tuple[int, str], Dictionary] = {}
     for folder in folders:
         dictionary = load_dictionary(folder, model)
         site = (dictionary.record.layer, dictionary.record.site)
         if site in found:
-            raise AtlasError(f"{folder} is a second dictionary for layer {site[0]} {site[1]}; keep one of them")
+            raise AtlasError(f"{folder} is a second dictionary for layer {site[0]} {site[1]}; keep one of them.")
         found[site] = dictionary
     sites = [(layer, site) for layer in range(model.record.n_layers) for site in ("attn", "mlp")]
     for layer, site in sites:
         if (layer, site) not in found:
-            raise AtlasError(f"{directory} has no dictionary for layer {layer} {site}; every site needs one")
+            raise AtlasError(f"{directory} has no dictionary for layer {layer} {site}; every site needs one.")
     return [found[site] for site in sites]
 
 
@@ -95,15 +95,15 @@ def load_dictionary(folder: Path, model: LanguageModel) -> Dictionary:
     metadata: dict[str, Any] = config.get("metadata") or {}
     architecture = sae.cfg.architecture()
     if architecture not in ACTIVATIONS:
-        raise AtlasError(f"{folder} is a {architecture!r} dictionary; the atlas reads {', '.join(ACTIVATIONS)}")
+        raise AtlasError(f"{folder} is a {architecture!r} dictionary; the atlas reads {', '.join(ACTIVATIONS)}.")
     if sae.cfg.normalize_activations != "none":
-        raise AtlasError(f"{folder} normalises its input by {sae.cfg.normalize_activations!r}, which is not supported")
+        raise AtlasError(f"{folder} normalises its input by {sae.cfg.normalize_activations!r}, which is not supported.")
     hook_in = str(metadata.get("hook_name") or "")
     layer, site = _site(hook_in, folder)
     tensors = {name: value.detach().to(model.weights.W_V.dtype) for name, value in sae.state_dict().items()}
     for name, value in tensors.items():
         if not torch.isfinite(value).all():
-            raise AtlasError(f"{folder} has NaN or infinite values in {name}; its file is damaged")
+            raise AtlasError(f"{folder} has NaN or infinite values in {name}; its file is damaged.")
     d_in, d_sae = tensors["W_enc"].shape
     d_out = tensors["W_dec"].shape[1]
     _check_fit(folder, model, layer, hook_in, d_in, d_out)
@@ -151,9 +151,7 @@ def _load_sae(folder: Path) -> Any:
             warnings.simplefilter("ignore")
             sae: Any = SAE.load_from_disk(folder, dtype="float32")
     except Exception as error:
-        raise AtlasError(
-            f"{folder} is no dictionary in SAELens' format ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
-        ) from error
+        raise AtlasError(f"{folder} is no dictionary in SAELens' format ({cause(error)}).") from error
     if sae.cfg.architecture() == "topk" and sae.cfg.rescale_acts_by_decoder_norm:
         sae.fold_W_dec_norm()
     return sae
@@ -167,16 +165,16 @@ def _site(hook_in: str, folder: Path) -> tuple[int, str]:
         return int(parts[1]), sites[parts[2]]
     raise AtlasError(
         f"{folder} reads {hook_in!r}; the atlas needs blocks.L.attn.hook_z, blocks.L.hook_attn_out or "
-        "blocks.L.ln2.hook_normalized (metadata.hook_name in cfg.json)"
+        "blocks.L.ln2.hook_normalized (metadata.hook_name in cfg.json)."
     )
 
 
 def _check_fit(folder: Path, model: LanguageModel, layer: int, hook_in: str, d_in: int, d_out: int) -> None:
     record = model.record
     if layer >= record.n_layers:
-        raise AtlasError(f"{folder} is for layer {layer}, but model {record.id} has {record.n_layers} layers")
+        raise AtlasError(f"{folder} is for layer {layer}, but model {record.id} has {record.n_layers} layers.")
     width = record.n_heads * record.d_head if hook_in.endswith("hook_z") else record.d_model
     if (d_in, d_out) != (width, width):
         raise AtlasError(
-            f"{folder} maps {d_in} to {d_out} dimensions, but {hook_in} of model {record.id} is {width} wide"
+            f"{folder} maps {d_in} to {d_out} dimensions, but {hook_in} of model {record.id} is {width} wide."
         )

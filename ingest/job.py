@@ -93,16 +93,17 @@ def run(
     status = "failed"
     writer = _Writer(store, run_id)
     try:
-        for task in tasks:
-            _ingest(writer, setup, task, stored.get(task.id, ()), requests, complain, summary)
-            progress(summary)
-        writer.finish()
+        try:
+            for task in tasks:
+                _ingest(writer, setup, task, stored.get(task.id, ()), requests, complain, summary)
+                progress(summary)
+        finally:
+            writer.finish()
         status = "finished"
     except KeyboardInterrupt:
         status = "interrupted"
         raise
     finally:
-        writer.finish()
         finish_run(store, run_id, status)
     return summary
 
@@ -174,7 +175,7 @@ class _Writer:
     def _check(self) -> None:
         if self._error:
             error, self._error = self._error, None
-            raise AtlasError(f"the store stopped taking prompts: {error}") from error
+            raise AtlasError(f"The store stopped taking prompts: {error}") from error
 
     def _work(self) -> None:
         while record := self._waiting.get():

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 
-from atlas.errors import AtlasError
+from atlas.errors import AtlasError, cause
 from atlas.records import ModelRecord
 
 MINI = Path(__file__).parent / "mini" / "weights"
@@ -75,13 +75,13 @@ def load_model(name: str, dtype: torch.dtype = torch.float32) -> LanguageModel:
     bridge = _boot(str(directory) if directory.is_dir() else name)
     config = bridge.original_model.config
     if config.model_type != "gpt2":
-        raise AtlasError(f"model {name!r} is of type {config.model_type!r}; the atlas reads GPT-2's architecture only")
+        raise AtlasError(f"Model {name!r} is of type {config.model_type!r}; the atlas reads GPT-2's architecture only.")
     if dtype is not torch.float32:
         with contextlib.redirect_stdout(io.StringIO()):
             bridge = bridge.to(dtype)
     for parameter_name, parameter in bridge.named_parameters():
         if not torch.isfinite(parameter).all():
-            raise AtlasError(f"model {name!r} has NaN or infinite values in {parameter_name}; its file is damaged")
+            raise AtlasError(f"Model {name!r} has NaN or infinite values in {parameter_name}; its file is damaged.")
     record = ModelRecord(
         id="mini" if name == "mini" else directory.resolve().name if directory.is_dir() else name,
         architecture="gpt2",
@@ -108,7 +108,7 @@ def _require_files(directory: Path) -> None:
         if not (directory / file).is_file():
             raise AtlasError(
                 f"{directory} has no {file}; a model directory holds what GPT2LMHeadModel.save_pretrained "
-                "and its tokenizer's save_pretrained write"
+                "and its tokenizer's save_pretrained write."
             )
 
 
@@ -132,8 +132,8 @@ def _boot(name: str) -> Any:
             bridge.enable_compatibility_mode(disable_warnings=True)
     except Exception as error:
         raise AtlasError(
-            f"no model {name!r} could be loaded: give `mini`, a directory of a GPT-2-architecture model, "
-            f"or a name that is in the hub's cache ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
+            f"No model {name!r} could be loaded: give `mini`, a directory of a GPT-2-architecture model, "
+            f"or a name that is in the hub's cache ({cause(error)})."
         ) from error
     finally:
         logging.disable(previous)

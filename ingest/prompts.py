@@ -49,11 +49,11 @@ def read_prompts(file: str, complain: Complain) -> Iterator[Prompt]:
 def _read(file: str) -> tuple[str, str]:
     path = Path(file)
     if path.suffix not in (".txt", ".jsonl", ".csv"):
-        raise AtlasError(f"{file} is not a .txt, .jsonl or .csv file; rename it, or pipe it in as `-`")
+        raise AtlasError(f"{file} is not a .txt, .jsonl or .csv file; rename it, or pipe it in as `-`.")
     try:
         return path.name, _decode(path.read_bytes(), file)
     except OSError as error:
-        raise AtlasError(f"{file} cannot be read: {error.strerror}") from error
+        raise AtlasError(f"{file} cannot be read: {error.strerror}.") from error
 
 
 def _decode(data: bytes, name: str) -> str:
@@ -61,7 +61,7 @@ def _decode(data: bytes, name: str) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
-        raise AtlasError(f"{name} is not UTF-8 text (line {line}); save it as UTF-8") from error
+        raise AtlasError(f"{name} is not UTF-8 text (line {line}); save it as UTF-8.") from error
 
 
 def _json_lines(name: str, text: str, complain: Complain) -> Iterator[Prompt]:
@@ -85,7 +85,7 @@ def _json_lines(name: str, text: str, complain: Complain) -> Iterator[Prompt]:
 def _csv_rows(name: str, text: str, complain: Complain) -> Iterator[Prompt]:
     rows = csv.DictReader(io.StringIO(text, newline=""))
     if "prompt" not in (rows.fieldnames or ()):
-        raise AtlasError(f"{name} has no column `prompt`; its header has {', '.join(rows.fieldnames or ['nothing'])}")
+        raise AtlasError(f"{name} has no column `prompt`; its header has {', '.join(rows.fieldnames or ['nothing'])}.")
     for row in rows:
         where = f"{name}:{rows.line_num}"
         if None in row:

@@ -70,8 +70,8 @@ def parse_root(spec: str, model: LanguageModel, dictionaries: Iterable[Dictionar
     word, position = (match[1], int(match[2])) if match else (spec, None)
     if position is not None and not 0 < position < model.record.n_ctx:
         raise AtlasError(
-            f"root {spec!r}: positions run from 1 to {model.record.n_ctx - 1}; position 0 is the beginning-of-sequence "
-            "token, on which no circuit is rooted"
+            f"Root {spec!r}: positions run from 1 to {model.record.n_ctx - 1}; position 0 is the beginning-of-sequence "
+            "token, on which no circuit is rooted."
         )
     if word in ("default", "logits", "features") and position is None:
         return RootRequest(spec, word)
@@ -88,14 +88,14 @@ def _feature_request(
     layer, site, index = int(match["layer"]), match["site"], int(match["index"])
     if match["model"] not in (None, model.record.id):
         raise AtlasError(
-            f"root {spec!r} is a feature of model {match['model']!r}, but this run uses {model.record.id!r}"
+            f"Root {spec!r} is a feature of model {match['model']!r}, but this run uses {model.record.id!r}."
         )
     for dictionary in dictionaries:
         if (dictionary.record.layer, dictionary.record.site) == (layer, site):
             if index < dictionary.record.d_sae:
                 return RootRequest(spec, site, position, layer, index)
-            raise AtlasError(f"root {spec!r}: {dictionary.record.id} has features 0 to {dictionary.record.d_sae - 1}")
-    raise AtlasError(f"root {spec!r}: model {model.record.id} has layers 0 to {model.record.n_layers - 1}")
+            raise AtlasError(f"Root {spec!r}: {dictionary.record.id} has features 0 to {dictionary.record.d_sae - 1}.")
+    raise AtlasError(f"Root {spec!r}: model {model.record.id} has layers 0 to {model.record.n_layers - 1}.")
 
 
 def _token_request(spec: str, word: str, position: int | None, model: LanguageModel) -> RootRequest:
@@ -111,8 +111,8 @@ def _token_request(spec: str, word: str, position: int | None, model: LanguageMo
             return RootRequest(spec, "logit", position, index=first, versus=second)
     pieces = [model.token_text(i) for i in model.tokens(word)[1:]]
     raise AtlasError(
-        f"root {spec!r} is neither `default`, `logits`, `features`, @POSITION, a feature such as 2/mlp/812, nor one "
-        f"token or a difference of two: the tokenizer cuts it into {pieces}"
+        f"Root {spec!r} is neither `default`, `logits`, `features`, @POSITION, a feature such as 2/mlp/812, nor one "
+        f"token or a difference of two: the tokenizer cuts it into {pieces}."
     )
 
 

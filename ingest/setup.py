@@ -34,7 +34,7 @@ def set_up(name: str, dtype: torch.dtype = torch.float32) -> Setup:
     model = load_model(name, dtype)
     directory = (MINI if name == "mini" else Path(name)) / "dictionaries"
     if not directory.is_dir():
-        raise AtlasError(f"model {name!r} has no dictionaries: put them into {directory}, one folder each")
+        raise AtlasError(f"Model {name!r} has no dictionaries: put them into {directory}, one folder each.")
     dictionaries = load_dictionaries(directory, model)
     record = ReplacementModelRecord(
         id=replacement_id(model, dictionaries),

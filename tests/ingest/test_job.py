@@ -209,7 +209,9 @@ def test_ctrl_c_ends_cleanly(tmp_path, directory):
 def atlas(*args: str, stdin: str | bytes | None = None) -> tuple[int, str]:
     """Exit status and everything printed by `atlas ARGS`, in a process of its own."""
     data = stdin.encode() if isinstance(stdin, str) else stdin
-    done = subprocess.run([Path(sys.executable).with_name("atlas"), *args], input=data, capture_output=True, check=False)
+    done = subprocess.run(
+        [Path(sys.executable).with_name("atlas"), *args], input=data, capture_output=True, check=False
+    )
     return done.returncode, (done.stdout + done.stderr).decode()
 
 
@@ -272,8 +274,8 @@ def test_unknown_rule_threshold_file_and_model(tmp_path, directory):
     assert "no rule 'best'" in refused(tmp_path, directory, "--text", "x", "--rule", "best")
     assert "does not suit" in refused(tmp_path, directory, "--text", "x", "--threshold", "2")
     assert "cannot be read" in refused(tmp_path, directory, str(tmp_path / "none.txt"))
-    assert "no model" in refused(tmp_path, "no/such/model", "--text", "x")
-    assert "nothing to ingest" in refused(tmp_path, directory)
+    assert "No model" in refused(tmp_path, "no/such/model", "--text", "x")
+    assert "Nothing to ingest" in refused(tmp_path, directory)
 
 
 def test_damaged_weights_and_misfits(tmp_path, directory):
