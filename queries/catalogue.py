@@ -70,7 +70,7 @@ class Parameter:
 
     def check(self, value: object) -> Value:
         """The value as the database gets it; raises AtlasError where the parameter does not take it."""
-        if value is None and not self.required:
+        if value is None and not self.required and self.default is None:
             return None
         accepted = self._number(value) if self.type in _NUMBERS else self._text(value)
         if accepted is not None:

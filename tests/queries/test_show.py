@@ -1,0 +1,99 @@
+"""The tree of a circuit that is drawn up by hand."""
+
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from queries.show import Branch, Node, draw, tree
+
+ROOT = Node("r", "L2 mlp 7 @ is", "MLP", "states", " is")
+
+
+def edge(source: str, target: str, share: float, layer: int | None = None, head: int | None = None) -> dict:
+    kinds = {"e": "Embedding", "x": "Error", "a": "Attn", "m": "MLP"}
+    return {
+        "source": source,
+        "source_name": f"node {source}",
+        "source_kind": kinds[source[0]],
+        "source_label": None,
+        "source_token": " Texas",
+        "target": target,
+        "via": "DIRECT" if head is None else "OV",
+        "layer": layer,
+        "head": head,
+        "share": share,
+    }
+
+
+EDGES = pd.DataFrame(
+    [
+        edge("a1", "r", 0.5),
+        edge("m1", "r", 0.3),
+        edge("x1", "r", -0.2),
+        edge("e1", "r", 0.01),
+        edge("m1", "a1", 0.25, 1, 3),
+        edge("m1", "a1", 0.35, 1, 0),
+        edge("e1", "a1", 0.3, 1, 3),
+        edge("e1", "m1", 0.9),
+    ]
+)
+
+
+def grown(depth: int = 3, top: int = 5, min_share: float = 0.02) -> Branch:
+    return tree(EDGES, ROOT, depth=depth, top=top, min_share=min_share)
+
+
+def printed(branch: Branch) -> list[str]:
+    console = Console(width=200, color_system=None, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(draw(branch))
+    return [line.rstrip() for line in console.export_text().splitlines()]
+
+
+def test_the_whole_tree_as_printed() -> None:
+    assert printed(grown()) == [
+        'L2 mlp 7 @ is "states"',
+        "├── 50.0% node a1",
+        '│   ├── 60.0% node m1 via OV L1.H0 35.0%, L1.H3 25.0% from " Texas"',
+        "│   │   ├── 90.0% node e1",
+        "│   │   └── 10.0% rest: the constant and what the circuit leaves out",
+        '│   ├── 30.0% node e1 via OV L1.H3 from " Texas"',
+        "│   └── 10.0% rest: the constant and what the circuit leaves out",
+        "├── 30.0% node m1 ↑ drivers above",
+        "├── -20.0% node x1",
+        "└── 40.0% rest: 1 weaker driver, the constant and what the circuit leaves out",
+    ]
+
+
+def test_shares_below_a_node_and_the_rest_make_the_whole() -> None:
+    def check(branch: Branch) -> None:
+        if branch.rest is not None:
+            shares = [below.driver.share for below in branch.branches if below.driver]
+            assert sum(shares) + branch.rest == pytest.approx(1)
+        for below in branch.branches:
+            check(below)
+
+    check(grown())
+    check(grown(top=1))
+
+
+def test_top_and_depth_cut_the_tree() -> None:
+    cut = grown(depth=1, top=2)
+    assert [below.node.id for below in cut.branches] == ["a1", "m1"]
+    assert cut.hidden == 2
+    assert all(not below.branches and not below.seen for below in cut.branches)
+
+
+def test_a_node_cut_off_by_depth_is_opened_where_it_comes_again() -> None:
+    a1, m1, _ = grown(depth=2).branches
+    assert [below.branches for below in a1.branches] == [(), ()]
+    assert [below.node.id for below in m1.branches] == ["e1"]
+    assert not m1.seen
+
+
+def test_a_circuit_without_edges_is_its_root() -> None:
+    assert printed(tree(EDGES.head(0), ROOT, depth=3, top=5, min_share=0)) == ['L2 mlp 7 @ is "states"']
+
+
+def test_names_cannot_act_on_the_terminal() -> None:
+    hostile = Node("r", "a\x1b[31m\n[bold]b", "MLP", "\x07", " is")
+    assert printed(tree(EDGES.head(0), hostile, depth=1, top=1, min_share=0)) == ['a\\x1b[31m\\n[bold]b "\\x07"']
