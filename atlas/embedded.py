@@ -161,8 +161,10 @@ def _start(folder: Path, password: str) -> tuple[str, Any]:
         server.start()
         server.create_database(DATABASE)
         _create_reader(server, password)
-    except ArcadeDBError as error:
+    except BaseException as error:
         server.stop()
+        if not isinstance(error, ArcadeDBError):
+            raise
         reason = str(error).splitlines()[0]
         log = folder / "log" / "engine.log"
         raise AtlasError(f"The store {folder} cannot be opened: {reason} (its log is {log}).") from error

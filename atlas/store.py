@@ -11,6 +11,7 @@ A Neo4j's user is NEO4J_USERNAME (default neo4j); its password NEO4J_PASSWORD, o
 the file that NEO4J_PASSWORD_FILE names.
 """
 
+import atexit
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -74,6 +75,8 @@ class Store:
         self._reader = reader
         self._server = server
         self._database = embedded.DATABASE if server else None
+        # An open connection would keep the embedded engine, and with it the process, from ending.
+        atexit.register(self.close)
 
     def read(self, cypher: str, /, **parameters: Any) -> pd.DataFrame:
         """The rows of a query, one column per returned key (also when there is no row).
@@ -103,6 +106,7 @@ class Store:
 
     def close(self) -> None:
         """Close the connection, and stop the engine if it is the embedded one."""
+        atexit.unregister(self.close)
         self._reader.close()
         self._writer.close()
         if self._server:
@@ -157,8 +161,10 @@ def _connect_neo4j(uri: str) -> Store:
     try:
         with _sentences(uri):
             cast(Any, driver).verify_connectivity()
-    except BaseException:
+    except BaseException as error:
         driver.close()
+        if isinstance(error, ValueError):  # the driver's word for a host or port that nobody knows
+            raise AtlasError(f"No database answers at {uri}: {_first_line(error)}") from error
         raise
     return Store(uri, driver, driver)
 

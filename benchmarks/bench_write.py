@@ -5,13 +5,15 @@ one run. The bare side has its rows ready and only sends them: the statements th
 that prompt, recorded beforehand, without the look-ups that make writing safe (is there an earlier version,
 which features are known). So the ratio is the price of turning records into rows and of these look-ups.
 
-    python -m benchmarks.bench_write [--prompts N] [--store DIR|URI]
+    python -m benchmarks.bench_write embedded|neo4j [PROMPTS]
 
-A store is made in a temporary folder unless one is named, and what was written to it is deleted.
+Either engine starts empty. The last line printed is a JSON object.
 """
 
-import argparse
 import contextlib
+import json
+import os
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,6 +26,7 @@ from atlas.records import PromptRecord
 from atlas.schema import prepare
 from atlas.store import Store, connect
 from atlas.writer import delete_prompt, register, write_prompt
+from tests import neo4j_server
 from tests.synthetic import synthetic_model, synthetic_prompt, synthetic_run
 
 Statement = tuple[str, dict[str, Any]]
@@ -106,25 +109,31 @@ def _bare(store: Store, prompt: PromptRecord, statements: list[Statement]) -> No
 
 
 @contextlib.contextmanager
-def _opened(where: str | None) -> Iterator[Store]:
-    with tempfile.TemporaryDirectory(prefix="atlas-bench-") as folder, connect(where or f"{folder}/store") as store:
-        yield store
+def _opened(engine: str) -> Iterator[Store]:
+    with contextlib.ExitStack() as stack:
+        if engine == "neo4j":
+            server = stack.enter_context(neo4j_server.running())
+            os.environ["NEO4J_PASSWORD"] = server.password
+            yield stack.enter_context(connect(server.bolt))
+        else:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="atlas-bench-"))
+            yield stack.enter_context(connect(f"{folder}/store"))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Writing, as a share of a bare UNWIND of the same rows.")
-    parser.add_argument("--prompts", type=int, default=10)
-    parser.add_argument("--store", help="Bolt address or folder; a temporary folder if not given")
-    arguments = parser.parse_args()
-    with _opened(arguments.store) as store:
-        ours, bare, rows = measure(store, arguments.prompts)
-        engine = store.engine
-    print("engine    prompts      rows   rows/s   bare rows/s   ratio   goal")
-    print(
-        f"{engine:<10}{arguments.prompts:>7}{rows:>10,}{rows / ours:>9,.0f}{rows / bare:>14,.0f}"
-        f"{bare / ours:>8.2f}   >= {GOAL}"
-    )
+def main(engine: str, n_prompts: int = 10) -> None:
+    """Measure one engine and print what was found."""
+    with _opened(engine) as store:
+        ours, bare, rows = measure(store, n_prompts)
+    found = {
+        "engine": engine,
+        "prompts": n_prompts,
+        "rows": rows,
+        "rows a second": round(rows / ours),
+        "bare UNWIND, rows a second": round(rows / bare),
+        f"ratio (goal: at least {GOAL})": round(bare / ours, 2),
+    }
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1], *map(int, sys.argv[2:3]))

@@ -134,7 +134,9 @@ def test_nobody_answers() -> None:
             connect(f"bolt://127.0.0.1:{unused.getsockname()[1]}")
 
 
-@pytest.mark.parametrize("address", ["http://localhost:7474", "bolt:///", "nonsense://x", "bolt://host:port"])
+@pytest.mark.parametrize(
+    "address", ["http://localhost:7474", "bolt:///", "nonsense://x", "bolt://localhost:port", "bolt://nowhere.invalid"]
+)
 def test_what_is_no_bolt_address(address: str) -> None:
     with pytest.raises(AtlasError):
         connect(address)
