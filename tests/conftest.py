@@ -4,6 +4,7 @@
 with `neo4j` among ATLAS_TEST_REQUIRE that is a failure instead.
 """
 
+import faulthandler
 import os
 from collections.abc import Iterator
 
@@ -16,7 +17,13 @@ from tests.neo4j_server import Neo4jServer
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _no_settings_from_outside() -> Iterator[None]:
+def _session() -> Iterator[None]:
+    """No settings from outside, and signals as the embedded engine's Java machine needs them.
+
+    It uses SIGSEGV for its own purposes; pytest's faulthandler would, at the end, put the handler from
+    before the Java machine back, and the next such signal would kill the process.
+    """
+    faulthandler.disable()
     with pytest.MonkeyPatch.context() as patch:
         for name in ("ATLAS_STORE", "NEO4J_USERNAME", "NEO4J_PASSWORD", "NEO4J_PASSWORD_FILE"):
             patch.delenv(name, raising=False)

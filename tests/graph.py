@@ -73,7 +73,7 @@ def graph_in(store: Store, prompt: str) -> Graph:
 
     def rows(cypher: str) -> list[tuple[Any, ...]]:
         frame = store.read(cypher, prompt=prompt).astype(object)
-        return list(frame.itertuples(index=False, name=None))
+        return list(frame.where(frame.notna(), None).itertuples(index=False, name=None))
 
     (properties, model) = rows(
         "MATCH (p:Prompt {id: $prompt})-[:TRACED_BY]->(m) RETURN properties(p) AS properties, m.id AS model"
