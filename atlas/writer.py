@@ -8,6 +8,7 @@ it wrote, and a row that found no partner fails the whole transaction.
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -94,6 +95,7 @@ def write_prompt(store: Store, prompt: PromptRecord, run_id: str) -> WriteCounts
     The model and the run must be registered. Raises AtlasError, and writes nothing, if a number is not
     finite, an id stands twice, or something refers to what is not there.
     """
+    _refuse_doubles(prompt)
     _refuse_infinite(prompt)
     return store.write(lambda transaction: _write_prompt(transaction, prompt, run_id))
 
@@ -314,6 +316,22 @@ def _refuse_other_weights(transaction: neo4j.ManagedTransaction, model: Replacem
             f"The store already holds {names[0]} with other weights, and features of the two would mix; "
             "use another store, or give the model another name."
         )
+
+
+def _refuse_doubles(prompt: PromptRecord) -> None:
+    """Not left to the constraints: the embedded engine misses a key that one transaction deletes and makes twice."""
+    direct, ov = prompt.direct, prompt.ov
+    groups: dict[str, list[Any]] = {
+        "node": [node.id for node in prompt.nodes],
+        "circuit": [circuit.id for circuit in prompt.circuits],
+        "firing feature": [(firing.dictionary, firing.index) for firing in prompt.firings],
+        "DIRECT edge": list(_columns(direct.source, direct.target)),
+        "OV edge": list(_columns(ov.source, ov.target, ov.head)),
+    }
+    for what, keys in groups.items():
+        if len(set(keys)) < len(keys):
+            double = next(key for key, n in Counter(keys).items() if n > 1)
+            raise AtlasError(f"The {what} {double} of {prompt.text!r} stands twice; nothing was written.")
 
 
 def _refuse_infinite(prompt: PromptRecord) -> None:

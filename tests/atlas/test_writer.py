@@ -87,12 +87,24 @@ def _edge_to(record: PromptRecord, weight: float) -> PromptRecord:
         lambda record: replace(record, nodes=(*record.nodes, record.nodes[0])),
         lambda record: replace(record, nodes=(*record.nodes, replace(record.nodes[0], id="x", position=99))),
         lambda record: replace(record, circuits=(*record.circuits, record.circuits[0])),
+        lambda record: replace(record, firings=(*record.firings, record.firings[0])),
+        lambda record: _edge_to(_edge_to(record, 1.0), 2.0),
         lambda record: replace(record, replacement_model="nobody's"),
         lambda record: replace(record, firings=(replace(record.firings[0], dictionary="nobody's"),)),
         lambda record: _edge_to(record, float("nan")),
         lambda record: replace(record, circuits=(replace(record.circuits[0], completeness=float("inf")),)),
     ],
-    ids=["node twice", "no such token", "circuit twice", "model", "dictionary", "nan edge", "infinite share"],
+    ids=[
+        "node twice",
+        "no such token",
+        "circuit twice",
+        "firing twice",
+        "edge twice",
+        "model",
+        "dictionary",
+        "nan edge",
+        "infinite share",
+    ],
 )
 def test_a_broken_prompt_changes_nothing(ready: Store, broken) -> None:  # type: ignore[no-untyped-def]
     record = _small(1)
