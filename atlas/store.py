@@ -12,6 +12,7 @@ the file that NEO4J_PASSWORD_FILE names.
 """
 
 import atexit
+import logging
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,6 +37,9 @@ SCHEMES = ("bolt", "bolt+s", "bolt+ssc", "neo4j", "neo4j+s", "neo4j+ssc")
 CONNECTION_TIMEOUT = 15.0  # seconds
 
 T = TypeVar("T")
+
+# A retried transaction is no news for a terminal; a program that wants the driver's log adds a handler.
+logging.getLogger("neo4j").addHandler(logging.NullHandler())
 
 
 def connect(where: str | Path | None = None, *, create: bool = True) -> "Store":

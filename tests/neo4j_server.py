@@ -122,10 +122,11 @@ def _set_password(bolt: str, process: subprocess.Popen[bytes], log: Path) -> Non
     end = time.monotonic() + START_SECONDS
     while True:
         try:
-            with neo4j.GraphDatabase.driver(bolt, auth=("neo4j", "neo4j")) as driver:
-                driver.execute_query(
-                    "ALTER CURRENT USER SET PASSWORD FROM 'neo4j' TO $new", {"new": PASSWORD}, database_="system"
-                )
+            with (
+                neo4j.GraphDatabase.driver(bolt, auth=("neo4j", "neo4j")) as driver,
+                driver.session(database="system") as session,
+            ):
+                session.run("ALTER CURRENT USER SET PASSWORD FROM 'neo4j' TO $new", new=PASSWORD).consume()
             return
         except neo4j.exceptions.ServiceUnavailable as error:
             if process.poll() is not None or time.monotonic() > end:
