@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 import atlas
 from atlas.errors import AtlasError
 from atlas.records import PromptRecord, RunRecord
+from atlas.schema import prepare
 from atlas.store import Store
 from atlas.writer import finish_run, register, stored_requests, write_prompt
 from ingest.circuits import CircuitRequest, prompt_record
@@ -88,6 +89,7 @@ def run(
     summary = Summary()
     config = json.dumps({"model": setup.record.name, "requests": [request.stored for request in requests]})
     run_id = str(uuid.uuid4())
+    prepare(store)
     register(store, setup.record, RunRecord(run_id, config, datetime.now(UTC).isoformat(), atlas.__version__))
     stored = stored_requests(store, [task.id for task in tasks])
     status = "failed"

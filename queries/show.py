@@ -2,14 +2,14 @@
 
 Under each node stand its drivers: the circuit's nodes with an edge into it, with the share of its
 pre-activation that each accounts for, summed over the heads that carry it. The strongest `top` of at
-least `min_share` are shown, and their drivers below them, `depth` levels down. A node whose drivers stand
-further up is marked with an arrow instead of repeating them. What is left of the whole is the rest: the
-weaker drivers, the constant, and what the circuit does not keep.
+least `min_share` are shown, and their drivers below them, `depth` levels down. A node that stands
+in several places is opened where it stands highest, and marked with an arrow elsewhere. What is left of
+the whole is the rest: the weaker drivers, the constant, and what the circuit does not keep.
 """
 
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import click
@@ -76,7 +76,7 @@ class Branch:
     """A node of the tree and what stands below it.
 
     `driver` says how it feeds the node above (None at the root). `seen` is true where its drivers stand
-    further up; `hidden` counts its drivers that are not shown, and `rest` is the share of its
+    elsewhere; `hidden` counts its drivers that are not shown, and `rest` is the share of its
     pre-activation that those below do not account for, None where nothing stands below.
     """
 
@@ -88,29 +88,46 @@ class Branch:
     rest: float | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Grower:
+    """Grows the tree; `home` says under which parent a node that stands in several places is opened."""
+
     drivers: dict[str, list[Driver]]
     top: int
     min_share: float
-    expanded: set[str] = field(default_factory=set[str])
+    home: dict[str, str | None]
 
-    def grow(self, node: Node, driver: Driver | None, depth: int) -> Branch:
-        drivers = self.drivers.get(node.id, [])
-        if not drivers or depth == 0:
+    def shown(self, node: Node) -> list[Driver]:
+        return [d for d in self.drivers.get(node.id, []) if abs(d.share) >= self.min_share][: self.top]
+
+    def settle(self, root: Node, depth: int) -> None:
+        """Level by level from the root: a node is opened where it stands highest."""
+        self.home[root.id] = None
+        level = [root]
+        for _ in range(depth - 1):
+            below = [(node, driver.node) for node in level for driver in self.shown(node)]
+            level: list[Node] = []
+            for parent, node in below:
+                if node.id not in self.home:
+                    self.home[node.id] = parent.id
+                    level.append(node)
+
+    def grow(self, node: Node, driver: Driver | None, parent: str | None) -> Branch:
+        if node.id not in self.drivers or node.id not in self.home:
             return Branch(node, driver)
-        if node.id in self.expanded:
+        if self.home[node.id] != parent:
             return Branch(node, driver, seen=True)
-        self.expanded.add(node.id)
-        shown = [d for d in drivers if abs(d.share) >= self.min_share][: self.top]
-        branches = tuple(self.grow(d.node, d, depth - 1) for d in shown)
+        shown = self.shown(node)
+        branches = tuple(self.grow(d.node, d, node.id) for d in shown)
         rest = 1 - sum(d.share for d in shown)
-        return Branch(node, driver, branches=branches, hidden=len(drivers) - len(shown), rest=rest)
+        return Branch(node, driver, branches=branches, hidden=len(self.drivers[node.id]) - len(shown), rest=rest)
 
 
 def tree(edges: pd.DataFrame, root: Node, *, depth: int, top: int, min_share: float) -> Branch:
     """The tree below `root` from the rows of `queries.circuit`."""
-    return _Grower(drivers(edges), top, min_share).grow(root, None, depth)
+    grower = _Grower(drivers(edges), top, min_share, {})
+    grower.settle(root, depth)
+    return grower.grow(root, None, None)
 
 
 def drivers(edges: pd.DataFrame) -> dict[str, list[Driver]]:
@@ -212,7 +229,7 @@ def _line(branch: Branch) -> Text:
     if branch.driver and branch.driver.heads:
         line.append(_through(branch.driver))
     if branch.seen:
-        line.append(" ↑ drivers above", style="dim")
+        line.append(" ↕ opened elsewhere", style="dim")
     return line
 
 

@@ -97,7 +97,7 @@ def save(model: GPT2LMHeadModel, tokenizer: Tokenizer, out: Path) -> None:
     half.load_state_dict(model.state_dict())
     half.save_pretrained(out)
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOS, eos_token=BOS, model_max_length=model.config.n_ctx
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=BOS, model_max_length=model.config.n_positions
     )
     wrapped.save_pretrained(out)
 

@@ -14,7 +14,7 @@ from atlas.cli import atlas as command
 from atlas.errors import AtlasError
 from atlas.store import Store, connect
 from atlas.verify import verify
-from ingest.circuits import prompt_record
+from atlas.writer import write_prompt
 from ingest.job import circuit_requests, prepare_tasks, run
 from ingest.prompts import Prompt
 from ingest.setup import set_up
@@ -49,13 +49,18 @@ def counts(store: Store) -> dict[str, int]:
     return dict(zip(frame["rule"], frame["n"], strict=True))
 
 
-def test_what_is_written_is_what_was_computed(store, setup):
-    summary, tasks, requests = ingest(store, setup, TEXTS)
-    assert summary.prompts == len(TEXTS)
-    for task in tasks:
-        replacement = setup.replace(task.tokens)
-        record = prompt_record(task.prompt, task.id, setup.model, setup.record.id, replacement, requests)
-        assert len(record.circuits) == 11
+def test_what_is_written_is_what_was_computed(store, setup, monkeypatch):
+    records = []
+
+    def writing(store, record, run_id):
+        records.append(record)
+        return write_prompt(store, record, run_id)
+
+    monkeypatch.setattr("ingest.job.write_prompt", writing)
+    summary, tasks, _ = ingest(store, setup, TEXTS)
+    assert summary.prompts == len(TEXTS) == len(records)
+    for task, record in zip(tasks, records, strict=True):
+        assert (record.id, len(record.circuits)) == (task.id, 11)
         assert graph_in(store, task.id) == graph_of(record)
     assert [check.name for check in verify(store) if check.violations] == []
 
@@ -171,7 +176,22 @@ def test_kill_and_resume_equals_an_undisturbed_run(tmp_path, directory, setup):
             assert [check.name for check in verify(store) if check.violations] == []
             graphs.append([graph_in(store, id) for id in ids])
             assert store.read("MATCH (p:Prompt) RETURN count(p) AS n")["n"][0] == 20
-    assert graphs[0] == graphs[1]
+    assert_same(graphs[0], graphs[1])
+
+
+def assert_same(found, want):
+    """Equal but for the last digits: matrix products round differently where memory lies differently."""
+    assert type(found) is type(want)
+    if isinstance(want, dict):
+        assert found.keys() == want.keys()
+        for key in want:
+            assert_same(found[key], want[key])
+    elif isinstance(want, (list, tuple)):
+        assert len(found) == len(want)
+        for one, other in zip(found, want, strict=True):
+            assert_same(one, other)
+    else:
+        assert found == (pytest.approx(want, rel=1e-4, abs=1e-5) if isinstance(want, float) else want)
 
 
 def kill_after(process: subprocess.Popen[bytes], prompts: int) -> None:

@@ -53,12 +53,12 @@ def test_the_whole_tree_as_printed() -> None:
     assert printed(grown()) == [
         'L2 mlp 7 @ is "states"',
         "├── 50.0% node a1",
-        '│   ├── 60.0% node m1 via OV L1.H0 35.0%, L1.H3 25.0% from " Texas"',
-        "│   │   ├── 90.0% node e1",
-        "│   │   └── 10.0% rest: the constant and what the circuit leaves out",
+        '│   ├── 60.0% node m1 via OV L1.H0 35.0%, L1.H3 25.0% from " Texas" ↕ opened elsewhere',
         '│   ├── 30.0% node e1 via OV L1.H3 from " Texas"',
         "│   └── 10.0% rest: the constant and what the circuit leaves out",
-        "├── 30.0% node m1 ↑ drivers above",
+        "├── 30.0% node m1",
+        "│   ├── 90.0% node e1",
+        "│   └── 10.0% rest: the constant and what the circuit leaves out",
         "├── -20.0% node x1",
         "└── 40.0% rest: 1 weaker driver, the constant and what the circuit leaves out",
     ]
@@ -83,11 +83,12 @@ def test_top_and_depth_cut_the_tree() -> None:
     assert all(not below.branches and not below.seen for below in cut.branches)
 
 
-def test_a_node_cut_off_by_depth_is_opened_where_it_comes_again() -> None:
-    a1, m1, _ = grown(depth=2).branches
-    assert [below.branches for below in a1.branches] == [(), ()]
-    assert [below.node.id for below in m1.branches] == ["e1"]
-    assert not m1.seen
+def test_a_node_is_opened_where_it_stands_highest() -> None:
+    for depth in (2, 3):
+        a1, m1, _ = grown(depth=depth).branches
+        assert [(below.branches, below.seen) for below in a1.branches] == [((), True), ((), False)]
+        assert [below.node.id for below in m1.branches] == ["e1"]
+        assert not m1.seen
 
 
 def test_a_circuit_without_edges_is_its_root() -> None:
