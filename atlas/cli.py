@@ -46,6 +46,7 @@ class _Commands(click.Group):
 
 _SENTENCES = {
     "cypher": "Run a Cypher query and print its rows.",
+    "dictionaries": "Convert published dictionaries.",
     "ingest": "Trace prompts and store their circuits.",
     "queries": "List the questions with their parameters.",
     "query": "Ask one of the questions by name.",

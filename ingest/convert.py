@@ -1,0 +1,140 @@
+"""`atlas dictionaries convert`: published dictionaries into the format that ingestion loads.
+
+GPT-2's published MLP transcoders (pchlenski/gpt2-transcoders) are pickles of a configuration and of W_enc,
+b_enc, W_dec, b_dec and b_dec_out, and compute relu((x - b_dec) W_enc + b_enc) W_dec + b_dec_out. SAELens'
+transcoder subtracts nothing from its input, so b_dec goes into the bias, b_enc - b_dec W_enc, which is summed
+in double precision; b_dec_out becomes b_dec. Everything else stays bit for bit.
+"""
+
+import json
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from atlas.errors import AtlasError
+
+if TYPE_CHECKING:
+    import torch
+
+_NAMES = ("W_enc", "b_enc", "W_dec", "b_dec", "b_dec_out")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def dictionaries() -> None:
+    """Convert dictionaries from the forms in which they are published."""
+
+
+@dictionaries.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE...")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Where the dictionaries' folders go.")
+def convert(files: Sequence[Path], out: Path) -> None:
+    """Convert GPT-2's published MLP transcoders, one folder L.mlp for each layer L.
+
+    FILE is a final_sparse_autoencoder_gpt2-small_blocks.L.ln2.hook_normalized_24576.pt of
+    pchlenski/gpt2-transcoders. It is a pickle, and nothing in it is run. Where it lies in the hub's cache, the
+    repository and the revision are recorded with its sha256. A folder that is there already is not touched.
+    """
+    for file in files:
+        folder = convert_transcoder(file, out)
+        click.echo(f"{file.name} -> {folder}")
+
+
+def convert_transcoder(file: Path, out: Path) -> Path:
+    """Write the transcoder in `file` to `out`/L.mlp in SAELens' format, whole or not at all; returns that folder.
+
+    Raises AtlasError when the file is no such transcoder, asks for anything but data, holds a number that is not
+    finite, or when the folder is there already.
+    """
+    from ingest.model import sha256
+    from ingest.pickled import read_pickled
+
+    values, weights = read_pickled(file)
+    layer = _layer(file, values)
+    _check_weights(file, weights)
+    folder = out / f"{layer}.mlp"
+    if folder.exists():
+        raise AtlasError(f"{folder} is there already, so {file} was not converted; remove it, or name another --out.")
+    metadata = {
+        "hook_name": _text(values, "hook_point"),
+        "hook_name_out": _text(values, "out_hook_point"),
+        "model_name": _text(values, "model_name"),
+        **_origin(file),
+        "source_file": file.name,
+        "source_sha256": sha256(file),
+    }
+    _write(folder, _folded(weights), metadata)
+    return folder
+
+
+def _layer(file: Path, values: dict[str, Any]) -> int:
+    """The layer whose MLP the transcoder stands for, from its two hooks."""
+    if values.get("is_transcoder") is not True:
+        raise AtlasError(f"{file} is not a transcoder's: its configuration does not say is_transcoder.")
+    hook_in, hook_out = _text(values, "hook_point"), _text(values, "out_hook_point")
+    match = re.fullmatch(r"blocks\.([0-9]{1,3})\.ln2\.hook_normalized", hook_in)
+    if match is None or hook_out != f"blocks.{match[1]}.hook_mlp_out":
+        raise AtlasError(
+            f"{file} goes from {hook_in[:60]!r} to {hook_out[:60]!r}; a transcoder of layer L goes from "
+            "blocks.L.ln2.hook_normalized to blocks.L.hook_mlp_out."
+        )
+    return int(match[1])
+
+
+def _text(values: dict[str, Any], name: str) -> str:
+    value = values.get(name)
+    return value if isinstance(value, str) else ""
+
+
+def _check_weights(file: Path, weights: "dict[str, torch.Tensor]") -> None:
+    """The five tensors must belong together and be finite."""
+    if set(weights) != set(_NAMES):
+        raise AtlasError(f"{file} does not hold exactly the tensors {', '.join(_NAMES)} (state_dict).")
+    shapes = {name: tuple(value.shape) for name, value in weights.items()}
+    d_in, d_sae = shapes["W_enc"] if len(shapes["W_enc"]) == 2 else (0, 0)
+    expected = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    expected["b_dec_out"] = (d_in,)
+    for name in _NAMES:
+        if shapes[name] != expected[name]:
+            raise AtlasError(f"{file} has {name} of shape {shapes[name]}, which does not fit W_enc {shapes['W_enc']}.")
+        if not weights[name].isfinite().all():
+            raise AtlasError(f"{file} has NaN or infinite values in {name}; it is damaged.")
+
+
+def _folded(weights: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
+    b_enc = weights["b_enc"].double() - weights["b_dec"].double() @ weights["W_enc"].double()
+    folded = {"W_enc": weights["W_enc"], "b_enc": b_enc, "W_dec": weights["W_dec"], "b_dec": weights["b_dec_out"]}
+    return {name: value.float().contiguous() for name, value in folded.items()}
+
+
+def _origin(file: Path) -> dict[str, str]:
+    """Repository and revision of a file in the hub's cache (models--OWNER--NAME/snapshots/REVISION/FILE)."""
+    parts = file.absolute().parts[-4:-1]
+    if len(parts) == 3 and parts[0].startswith("models--") and parts[1] == "snapshots":
+        return {"source": parts[0].removeprefix("models--").replace("--", "/"), "revision": parts[2]}
+    return {"source": file.stem}
+
+
+def _write(folder: Path, weights: "dict[str, torch.Tensor]", metadata: dict[str, Any]) -> None:
+    """The folder appears under its name once both files are whole."""
+    from sae_lens import TranscoderConfig
+    from sae_lens.saes.sae import SAEMetadata
+    from safetensors.torch import save_file
+
+    d_in, d_sae = weights["W_enc"].shape
+    config = TranscoderConfig(d_in=d_in, d_sae=d_sae, d_out=d_in, apply_b_dec_to_input=False)
+    config.metadata = SAEMetadata(**metadata)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # Inside a folder of its own, so that one left by a killed process is never taken for a dictionary.
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".part-") as part:
+            made = Path(part) / folder.name
+            made.mkdir()
+            save_file(weights, made / "sae_weights.safetensors")
+            (made / "cfg.json").write_text(json.dumps(config.to_dict(), indent=1) + "\n", encoding="utf-8")
+            made.rename(folder)
+    except OSError as error:
+        raise AtlasError(f"{folder} cannot be written: {error.strerror or error}.") from error
