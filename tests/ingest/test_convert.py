@@ -239,7 +239,7 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: bytes) -> 
         pytest.param(pickle.dumps(_Reduced(getattr, "", "format")), id="getattr"),
         pytest.param(CONFIG + b")\x81}X\x01\x00\x00\x00acos\nsystem\nsb.", id="a global within the state"),
         pytest.param(
-            b"\x80\x04\x8c\x13sae_training.config\x8c&LanguageModelSAERunnerConfig.__init__\x93.", id="dotted"
+            b"\x80\x04\x8c\x13sae_training.config\x8c%LanguageModelSAERunnerConfig.__init__\x93.", id="dotted"
         ),
         pytest.param(b"\x80\x04\x8c\x0bcollections\x8c\x14OrderedDict.__init__\x93.", id="dotted dict"),
         pytest.param(b"ccollections\nCounter\n)R.", id="an unknown class"),
