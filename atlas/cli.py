@@ -48,6 +48,7 @@ _SENTENCES = {
     "cypher": "Run a Cypher query and print its rows.",
     "dictionaries": "Convert published dictionaries.",
     "ingest": "Trace prompts and store their circuits.",
+    "labels": "Import labels of features.",
     "queries": "List the questions with their parameters.",
     "query": "Ask one of the questions by name.",
     "show": "Show a circuit as a tree.",

@@ -1,0 +1,308 @@
+"""`atlas labels import`: what features mean, in words, from Neuronpedia's exports and from tables.
+
+A row names its feature by Neuronpedia's model and source, such as gpt2-small and 5-tres-dc, and an index; SOURCES
+says which site of which model of ours a source stands for, so the feature is `<model>/<layer>/<site>/<index>`.
+Its label is the last one read, `labels` keeps all of them from the oldest to the newest, each once, and reading a
+file again changes nothing. Features that no prompt has made yet are made here, IN a Dictionary that holds its
+layer and site until the dictionary itself is registered.
+
+Rows are read as a stream and written in transactions of ROWS_PER_TRANSACTION features.
+"""
+
+import csv
+import gzip
+import io
+import json
+import lzma
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any, BinaryIO, LiteralString, cast
+
+import click
+import neo4j
+
+from atlas.cli import store_option
+from atlas.errors import AtlasError
+from atlas.schema import prepare
+from atlas.store import Store, connect
+
+# Neuronpedia's model and source (without the layer's number) -> our model and site.
+SOURCES = {
+    ("gpt2-small", "tres-dc"): ("gpt2", "mlp"),
+    ("gpt2-small", "att-kk"): ("gpt2", "attn"),
+}
+PAGE = "https://www.neuronpedia.org/{model}/{layer}-{source}/{index}"
+ROWS_PER_TRANSACTION = 10_000
+FORMS = (".jsonl", ".json", ".csv")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+NO_LABEL = ("", "Feature not found.")  # the second stands in tables of scored labels
+
+_DICTIONARIES: LiteralString = (
+    "UNWIND $rows AS row MERGE (d:Dictionary {id: row.id}) ON CREATE SET d.layer = row.layer, d.site = row.site"
+)
+# Not MERGE: which features are there was read in the same transaction, and the key's constraint guards the rest.
+_FEATURES: LiteralString = (
+    "UNWIND $rows AS row MATCH (d:Dictionary {id: row.dictionary}) "
+    "CREATE (f:Feature {id: row.id, layer: row.layer, site: row.site, index: row.index, label: row.label, "
+    "labels: row.labels, label_source: row.label_source, url: row.url}) CREATE (f)-[:IN]->(d) RETURN count(*) AS n"
+)
+_KNOWN: LiteralString = (
+    "UNWIND $ids AS id MATCH (f:Feature {id: id}) "
+    "RETURN id, coalesce(f.labels, CASE WHEN f.label IS NULL THEN [] ELSE [f.label] END) AS labels"
+)
+_LABELS: LiteralString = (
+    "UNWIND $rows AS row MATCH (f:Feature {id: row.id}) SET f += {label: row.label, labels: row.labels, "
+    "label_source: row.label_source, url: row.url} RETURN count(*) AS n"
+)
+
+
+@dataclass(frozen=True)
+class Label:
+    """One label of the feature `<dictionary>/<index>`; `source` says who or what wrote it."""
+
+    dictionary: str
+    layer: int
+    site: str
+    index: int
+    text: str
+    source: str
+    url: str
+
+
+@dataclass
+class Summary:
+    """What one import did: labels and features written, rows without a label, rows of unknown sources by name."""
+
+    labels: int = 0
+    features: int = 0
+    empty: int = 0
+    unknown: Counter[str] = field(default_factory=Counter[str])
+
+
+class _BadRow(ValueError):
+    """Why a row cannot be used, as the end of a sentence."""
+
+
+def import_labels(
+    store: Store, files: Sequence[Path], complain: Callable[[str], None], source: str | None = None
+) -> Summary:
+    """Write the labels of `files` and say what was done; `complain` gets a sentence for each row left out.
+
+    A file is .jsonl (an object a line), .json (one list of objects) or .csv, each also as .gz or .xz. `source`,
+    such as `gpt2-small/tres-dc`, is that of rows whose layer is a bare number without a model. Raises AtlasError,
+    before anything is written, when a file or `source` cannot be used.
+    """
+    for file in files:
+        _check(file)
+    default = _source(source) if source else None
+    prepare(store)
+    summary = Summary()
+    rows = chain.from_iterable(_rows(file, complain) for file in files)
+    batch: dict[str, list[Label]] = {}
+    features: set[str] = set()
+    for place, row in rows:
+        try:
+            label = _label(row, place.rsplit(":", 1)[0], default, summary)
+        except _BadRow as error:
+            complain(f"{place}: {error}")
+            continue
+        if label is None:
+            continue
+        batch.setdefault(f"{label.dictionary}/{label.index}", []).append(label)
+        if len(batch) == ROWS_PER_TRANSACTION:
+            _write(store, batch, summary, features)
+            batch = {}
+    if batch:
+        _write(store, batch, summary, features)
+    summary.features = len(features)
+    return summary
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def labels() -> None:
+    """Import labels of features."""
+
+
+@labels.command("import")
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE...")
+@click.option(
+    "--source",
+    metavar="MODEL/SOURCE",
+    help="What tables that name only a layer's number are about, such as gpt2-small/tres-dc.",
+)
+@store_option
+def import_command(files: Sequence[Path], source: str | None, store: str | None) -> None:
+    """Label features from Neuronpedia's exports (.jsonl, .json) or tables (.csv), also packed as .gz or .xz.
+
+    Read are modelId, layer (such as 5-tres-dc), index, description and explanationModelName; a table may call
+    them layer, feature and explanation. The last label read of a feature is its label; all are kept in `labels`.
+    """
+    left_out = 0
+
+    def complain(sentence: str) -> None:
+        nonlocal left_out
+        left_out += 1
+        click.echo(f"Left out: {sentence}.", err=True)
+
+    with connect(store) as opened:
+        summary = import_labels(opened, files, complain, source)
+        address = opened.address
+    click.echo(f"{summary.labels} labels of {summary.features} features written. Store: {address}")
+    if summary.empty:
+        click.echo(f"{summary.empty} rows have no label.")
+    for name, n in summary.unknown.most_common():
+        click.echo(f"{n} labels of the unknown source {name} left out.", err=True)
+    if left_out:
+        raise AtlasError(f"{left_out} {'row was' if left_out == 1 else 'rows were'} left out, see above.")
+
+
+def _check(file: Path) -> None:
+    try:
+        with _open(file):
+            pass
+    except OSError as error:
+        raise AtlasError(f"{file} cannot be read: {error.strerror or error}.") from error
+
+
+def _source(name: str) -> tuple[str, str]:
+    model, _, source = name.partition("/")
+    if (model, source) not in SOURCES:
+        known = ", ".join("/".join(key) for key in SOURCES)
+        raise AtlasError(f"There is no source {name!r}; the sources are {known}.")
+    return model, source
+
+
+def _form(file: Path) -> str:
+    """The form by the file's name, packed or not."""
+    form = next((s for s in reversed(file.suffixes) if s not in (".gz", ".xz")), "")
+    if form not in FORMS:
+        raise AtlasError(f"{file} is none of {', '.join(FORMS)} (or these with .gz or .xz).")
+    return form
+
+
+def _open(file: Path) -> BinaryIO:
+    _form(file)
+    if file.suffix == ".gz":
+        return cast(BinaryIO, gzip.open(file))
+    return cast(BinaryIO, lzma.open(file)) if file.suffix == ".xz" else file.open("rb")
+
+
+def _rows(file: Path, complain: Callable[[str], None]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a file with their places (`file:number`); what cannot be read is complained of."""
+    read = {".jsonl": _json_lines, ".json": _json_list, ".csv": _table}[_form(file)]
+    number = 0
+    try:
+        with _open(file) as stream:
+            for number, row in read(stream):
+                if isinstance(row, dict):
+                    yield f"{file}:{number}", cast(dict[str, Any], row)
+                else:
+                    complain(f"{file}:{number}: {row if isinstance(row, _BadRow) else 'not an object'}")
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, csv.Error, UnicodeDecodeError) as error:
+        complain(f"{file} cannot be read on after row {number} ({str(error).splitlines()[0]})")
+
+
+def _json_lines(stream: BinaryIO) -> Iterator[tuple[int, object]]:
+    for number, line in enumerate(stream, 1):
+        if line.strip():
+            yield number, _parsed(line)
+
+
+def _json_list(stream: BinaryIO) -> Iterator[tuple[int, object]]:
+    value = _parsed(stream.read())
+    yield from enumerate(cast(list[object], value), 1) if isinstance(value, list) else [(1, value)]
+
+
+def _parsed(text: bytes) -> object:
+    try:
+        return json.loads(text.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        return _BadRow("not JSON in UTF-8")
+
+
+def _table(stream: BinaryIO) -> Iterator[tuple[int, object]]:
+    reader = csv.DictReader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""))
+    for row in reader:
+        short = None in row or None in row.values()
+        yield reader.line_num, _BadRow("not as many fields as the header has") if short else row
+
+
+def _label(row: dict[str, Any], file: str, default: tuple[str, str] | None, summary: Summary) -> Label | None:
+    """The label that a row stands for; None, and counted, where it has none or its source is not known."""
+    model, layer_and_source = row.get("modelId"), row.get("layer")
+    if isinstance(layer_and_source, int) and not isinstance(layer_and_source, bool):
+        layer_and_source = str(layer_and_source)
+    if not isinstance(layer_and_source, str) or not isinstance(model, (str, type(None))):
+        raise _BadRow("no model and layer")
+    index = _index(row.get("index", row.get("feature")))
+    text = row.get("description", row.get("explanation"))
+    if not isinstance(text, (str, type(None))):
+        raise _BadRow("its description is no text")
+    layer, _, source = layer_and_source.partition("-")
+    if model is None and not source:
+        if default is None:
+            raise _BadRow("it names no model and source; say --source MODEL/SOURCE")
+        model, source = default
+    known = SOURCES.get((model or "", source))
+    if known is None or not re.fullmatch("[0-9]{1,3}", layer):
+        name = f"{model}/{source}" if re.fullmatch("[0-9]{1,3}", layer) else f"{model}/{layer_and_source}"
+        summary.unknown[name] += 1
+        return None
+    text = (text or "").strip()
+    if text in NO_LABEL:
+        summary.empty += 1
+        return None
+    written_by = row.get("explanationModelName")
+    written_by = written_by if isinstance(written_by, str) and written_by else Path(file).name
+    if _SURROGATE.search(text + written_by):
+        raise _BadRow("its description holds half a character (a lone surrogate)")
+    our_model, site = known
+    url = PAGE.format(model=model, layer=int(layer), source=source, index=index)
+    return Label(f"{our_model}/{int(layer)}/{site}", int(layer), site, index, text, written_by, url)
+
+
+def _index(value: object) -> int:
+    if not isinstance(value, bool) and isinstance(value, (int, str)) and re.fullmatch("[0-9]{1,9}", str(value)):
+        return int(value)
+    raise _BadRow("its index is no number from 0")
+
+
+def _write(store: Store, batch: dict[str, list[Label]], summary: Summary, features: set[str]) -> None:
+    store.write(lambda transaction: _write_batch(transaction, batch))
+    summary.labels += sum(len(found) for found in batch.values())
+    features.update(batch)
+
+
+def _write_batch(transaction: neo4j.ManagedTransaction, batch: dict[str, list[Label]]) -> None:
+    stored = {record["id"]: list(record["labels"]) for record in transaction.run(_KNOWN, {"ids": list(batch)})}
+    dictionaries = {found[-1].dictionary: found[-1] for id, found in batch.items() if id not in stored}
+    places = [{"id": id, "layer": label.layer, "site": label.site} for id, label in dictionaries.items()]
+    transaction.run(_DICTIONARIES, {"rows": places}).consume()
+    rows = [_row(id, found, stored.get(id, [])) for id, found in batch.items()]
+    new, known = [row for row in rows if row["id"] not in stored], [row for row in rows if row["id"] in stored]
+    written = transaction.run(_FEATURES, {"rows": new}).single(strict=True)["n"]
+    written += transaction.run(_LABELS, {"rows": known}).single(strict=True)["n"]
+    if written != len(rows):
+        raise AtlasError(f"{len(rows) - written} of {len(rows)} features could not be labelled; nothing was written.")
+
+
+def _row(id: str, found: list[Label], before: list[str]) -> dict[str, Any]:
+    """The feature's properties; all labels from the oldest to the newest, each where it was last read."""
+    newest_first = dict.fromkeys(reversed([*before, *(label.text for label in found)]))
+    last = found[-1]
+    return {
+        "id": id,
+        "dictionary": last.dictionary,
+        "layer": last.layer,
+        "site": last.site,
+        "index": last.index,
+        "label": last.text,
+        "labels": list(newest_first)[::-1],
+        "label_source": last.source,
+        "url": last.url,
+    }
