@@ -1,0 +1,60 @@
+"""How fast labels are imported into the embedded engine: into an empty store, and the same file again.
+
+    python -m benchmarks.bench_labels [LABELS]
+
+The goal is 300,000 labels in under a minute. The last line printed is a JSON object.
+"""
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from atlas.labels import import_labels
+from atlas.store import connect
+
+FEATURES_PER_LAYER = 24_576
+
+
+def write_export(file: Path, n_labels: int) -> None:
+    """An export of `n_labels` features, one label each, as long as labels usually are."""
+    with file.open("w", encoding="utf-8") as out:
+        for i in range(n_labels):
+            row = {
+                "id": f"c{i}",
+                "modelId": "gpt2-small",
+                "layer": f"{i // FEATURES_PER_LAYER}-tres-dc",
+                "index": str(i % FEATURES_PER_LAYER),
+                "description": f"phrases that mention thing {i} and what is done with it",
+                "explanationModelName": "gpt-4o-mini",
+            }
+            out.write(json.dumps(row) + "\n")
+
+
+def main(n_labels: int = 300_000) -> None:
+    """Measure and print what was found."""
+    seconds: list[float] = []
+    with tempfile.TemporaryDirectory(prefix="atlas-bench-") as folder:
+        file = Path(folder) / "labels.jsonl"
+        write_export(file, n_labels)
+        with connect(Path(folder) / "store") as store:
+            for _ in range(2):
+                start = time.perf_counter()
+                summary = import_labels(store, [file], print)
+                seconds.append(time.perf_counter() - start)
+                assert summary.labels == n_labels
+            stored = store.read("MATCH (f:Feature) RETURN count(f.label) AS n")["n"].iloc[0]
+    assert stored == n_labels
+    first, again = seconds
+    found = {
+        "labels": n_labels,
+        "seconds": round(first, 1),
+        "labels a second": round(n_labels / first),
+        "seconds, the same file again": round(again, 1),
+    }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:2]))
