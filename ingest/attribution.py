@@ -136,7 +136,7 @@ def attribute(model: ReplacementModel, roots: Roots, keep: Keep) -> Attribution:
         mlp.append(SiteAttribution(*found, error=_dot(g, site.error), bias=g @ site.bias))
         constant += weight @ model.constants(layer, "mlp", index)
         pruned += (found[0] * ~found[1]).sum((1, 2))
-        step = torch.zeros_like(g).index_add_(1, position, weight[:, :, None] * site.encoder(index))
+        step = torch.zeros_like(g).index_add_(1, position, weight[:, :, None] * site.dictionary.encoder(index))
         g = g + centre(step) / trace.sigma_mid[layer][:, None]
         _inject(g, roots, roots.at(layer, "mlp"))
 
@@ -182,7 +182,7 @@ def _features(
     site: Site, g: Float[torch.Tensor, "root pos d_out"], roots: Roots, keep: Keep
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], Float[torch.Tensor, "root pos slot"]]:
     """(attributions, kept) and the gradients of kept features, zero where pruned; all [root, pos, slot]."""
-    gradient = torch.einsum("rtd,tkd->rtk", g, site.decoder) * site.active
+    gradient = torch.bmm(g.transpose(0, 1), site.decoder.mT).transpose(0, 1) * site.active
     attr = gradient * site.value
     kept = keep(attr.flatten(1), roots.value).view_as(attr) & site.active
     return (attr, kept), gradient * kept

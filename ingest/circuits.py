@@ -244,7 +244,7 @@ class _Assembly:
         trace, mlp = self.replacement.trace, self._mlp_groups()
         found = [self.features(g) for _, g in mlp]
         reads = [
-            centre(self.site(g).encoder(index)) / trace.sigma_mid[g.layer][g.position, None]
+            centre(self.site(g).dictionary.encoder(index)) / trace.sigma_mid[g.layer][g.position, None]
             for (_, g), (index, _) in zip(mlp, found, strict=True)
         ]
         n_logits = len(self.logits)
@@ -458,19 +458,11 @@ def _firings(site: Site) -> list[FiringRecord]:
     index = site.index[position, slot]
     order = index.argsort(stable=True)
     features, counts = index[order].unique_consecutive(return_counts=True)
-    positions = position[order].tolist()
-    values = site.value[position, slot][order].tolist()
-    firings: list[FiringRecord] = []
-    start = 0
-    for feature, count in zip(features.tolist(), counts.tolist(), strict=True):
-        stop = start + count
-        firings.append(
-            FiringRecord(
-                dictionary=site.dictionary.record.id,
-                index=feature,
-                positions=tuple(positions[start:stop]),
-                values=tuple(values[start:stop]),
-            )
-        )
-        start = stop
-    return firings
+    positions = tuple(position[order].tolist())
+    values = tuple(site.value[position, slot][order].tolist())
+    stops = counts.cumsum(0).tolist()
+    dictionary = site.dictionary.record.id
+    return [
+        FiringRecord(dictionary, feature, positions[start:stop], values[start:stop])
+        for feature, start, stop in zip(features.tolist(), [0, *stops], stops, strict=False)
+    ]

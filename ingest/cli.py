@@ -14,7 +14,7 @@ from atlas.errors import AtlasError
 if TYPE_CHECKING:
     from ingest.job import Summary
 
-THRESHOLDS = {"relative": 0.01, "top_mass": 0.5, "paper": 0.1}
+THRESHOLDS = {"relative": 0.02, "top_mass": 0.5, "paper": 0.1}
 
 
 @click.command()

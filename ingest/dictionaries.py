@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from atlas.errors import AtlasError, cause
 from atlas.records import DictionaryRecord
@@ -59,10 +59,13 @@ class Dictionary:
             return top & (p > 0)
         return p > 0
 
-    @property
-    def constants(self) -> Float[torch.Tensor, " d_sae"]:
-        """b_enc - b_in . enc: each feature's pre-activation on an input of zero."""
-        return self.b_enc - self.b_in @ self.W_enc
+    def encoder(self, index: Int[torch.Tensor, " n"]) -> Float[torch.Tensor, "n d_in"]:
+        """The encoder rows of some features."""
+        return self.W_enc.T[index]
+
+    def constants(self, index: Int[torch.Tensor, " n"]) -> Float[torch.Tensor, " n"]:
+        """b_enc - b_in . enc of some features: their pre-activations on an input of zero."""
+        return self.b_enc[index] - self.encoder(index) @ self.b_in
 
 
 def load_dictionaries(directory: Path, model: LanguageModel) -> list[Dictionary]:

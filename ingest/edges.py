@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from atlas.records import DirectEdges, OVEdges
 from ingest.replacement import ReplacementModel, centre
 
-SHARE = 0.005
+SHARE = 0.02
 
 
 @dataclass(frozen=True)

@@ -42,10 +42,6 @@ class Site:
         """Whether the dictionary reads and writes hook_z, so that W_O is still to be applied."""
         return self.dictionary.record.hook_in.endswith("hook_z")
 
-    def encoder(self, index: Int[torch.Tensor, " n"]) -> Float[torch.Tensor, "n d_in"]:
-        """The encoder rows of some features."""
-        return self.dictionary.W_enc.T[index]
-
 
 @dataclass(frozen=True)
 class ReplacementModel:
@@ -76,19 +72,19 @@ class ReplacementModel:
 
     def z_read(self, layer: int, index: Int[torch.Tensor, " n"]) -> Float[torch.Tensor, "n head d_head"]:
         """How attention features read z: enc_i per head (METHOD 2), through W_O for an SAE on attn_out."""
-        rows = self.attn[layer].encoder(index)
+        rows = self.attn[layer].dictionary.encoder(index)
         rows = rows if self.attn[layer].on_z else rows @ self.W_O(layer).T
         return rows.unflatten(1, self.weights.W_O.shape[1:3])
 
     def constants(self, layer: int, site: str, index: Int[torch.Tensor, " n"]) -> Float[torch.Tensor, " n"]:
         """The part of features' pre-activations that no node sends: encoder biases, and b_V (b_O) where unfolded."""
         if site == "mlp":
-            return self.mlp[layer].dictionary.constants[index]
+            return self.mlp[layer].dictionary.constants(index)
         read = self.z_read(layer, index)
-        constant = self.attn[layer].dictionary.constants[index] + (read * self.weights.b_V[layer]).sum((1, 2))
+        constant = self.attn[layer].dictionary.constants(index) + (read * self.weights.b_V[layer]).sum((1, 2))
         if self.attn[layer].on_z:
             return constant
-        return constant + self.attn[layer].encoder(index) @ self.weights.b_O[layer]
+        return constant + self.attn[layer].dictionary.encoder(index) @ self.weights.b_O[layer]
 
 
 def centre(x: Float[torch.Tensor, "*n d_model"]) -> Float[torch.Tensor, "*n d_model"]:

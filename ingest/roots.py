@@ -180,7 +180,7 @@ def _moved_share(
     BOS is not counted: heads rest on it when they have nothing to do.
     """
     trace, weights = model.trace, model.weights
-    read = centre(model.mlp[layer].encoder(index)) / trace.sigma_mid[layer][position, None]
+    read = centre(model.mlp[layer].dictionary.encoder(index)) / trace.sigma_mid[layer][position, None]
     moved = torch.zeros_like(value)
     for i in range(layer + 1):
         pattern = trace.pattern[i].tril(-1).clone()
@@ -220,12 +220,12 @@ def root_table(roots: list[Root], model: ReplacementModel) -> Roots:
         value[i] = site.value[root.position][site.active[root.position] & (site.index[root.position] == root.index)][0]
         constant[i] = model.constants(root.layer, root.site, index)[0]
         if root.site == "mlp":
-            read[i] = centre(site.encoder(index)[0]) / trace.sigma_mid[root.layer, root.position]
+            read[i] = centre(site.dictionary.encoder(index)[0]) / trace.sigma_mid[root.layer, root.position]
     return Roots(
-        layer=torch.tensor([root.layer for root in roots]),
+        layer=torch.tensor([root.layer for root in roots], dtype=torch.long),
         site=tuple(root.site for root in roots),
-        position=torch.tensor([root.position for root in roots]),
-        index=torch.tensor([root.index for root in roots]),
+        position=torch.tensor([root.position for root in roots], dtype=torch.long),
+        index=torch.tensor([root.index for root in roots], dtype=torch.long),
         read=read,
         value=value,
         constant=constant,
