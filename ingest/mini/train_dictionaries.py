@@ -11,8 +11,9 @@ centred and scaled to unit variance), with decoder rows of norm 1:
 theta is one number a site: the (1 - k / d_sae) quantile of the pre-activations of a part of each batch,
 smoothed over batches. It stays in force after training as the threshold of a JumpReLU, calibrated once
 more on fresh training text with the weights as they are stored (float16), so that what is stored is what
-was measured. Features silent for a whole block of windows are set on the inputs that are reconstructed
-worst, in the first half of the run.
+was measured. Features silent for a whole block of windows are set on inputs that are reconstructed badly,
+but for the last part of the run. What fires on fewer than one token in 32,768 after training is not stored,
+so dictionaries differ in width.
 
 Windows come in blocks, shuffled within; each block is a function of the seed and its number, and the
 checkpoint after it is where a killed run resumes. Position 0 (BOS) is left out.
@@ -27,7 +28,7 @@ from typing import Any
 
 import click
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from sae_lens import SAE, JumpReLUSAE, JumpReLUSAEConfig, JumpReLUTranscoder, JumpReLUTranscoderConfig
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
@@ -46,9 +47,12 @@ QUANTILE_TOKENS = 128
 THRESHOLD_MEMORY = 0.8
 WARMUP_STEPS = 30
 COOLDOWN = 0.5
-REVIVAL = 0.5
+REVIVAL = 0.85
 CALIBRATION_TOKENS = 16_384
-CALIBRATION_MARGIN = 0.99
+CALIBRATION_MARGIN = 0.97
+CENSUS_BLOCKS = 4
+CENSUS_CHUNK = 8_192
+RAREST = 1 / 32_768
 
 
 @dataclass(frozen=True)
@@ -119,15 +123,20 @@ class Dictionary(torch.nn.Module):
 
     @torch.no_grad()
     def revive(self, x: Vectors, error: Vectors, optimizer: torch.optim.Optimizer) -> None:
-        """Set each silent feature on a badly reconstructed input, where it fires at twice the threshold."""
-        silent = (~self.fired).nonzero()[:, 0]
+        """Set each silent feature on a badly reconstructed input of the batch.
+
+        It fires on the k / d_sae of the batch that are most like that input, as often as a feature does on
+        average, and writes the mean residual there, weighted by its activation.
+        """
+        silent = (~self.fired).nonzero()[:, 0][: len(x)]
         if len(silent) == 0:
             return
-        chosen = torch.multinomial(error.pow(2).sum(1), min(len(silent), len(x)))
-        silent = silent[: len(chosen)]
-        at = x[chosen]
-        self.W_enc[:, silent] = (2 * self.theta * at / at.pow(2).sum(1, keepdim=True)).T
-        self.W_dec[silent] = normalize(error[chosen], dim=1)
+        at = normalize(x[torch.multinomial(error.pow(2).sum(1), len(silent))], dim=1).T
+        pre = x @ at
+        n_firing = max(1, round(len(x) * self.k / len(self.b_enc)))
+        at *= self.theta / pre.topk(n_firing + 1, dim=0).values[-1].clamp(min=1e-3)
+        self.W_enc[:, silent] = at
+        self.W_dec[silent] = normalize(threshold(x @ at, float(self.theta), 0.0).T @ error, dim=1)
         self.b_enc[silent] = 0.0
         for parameter, where in ((self.W_enc, (slice(None), silent)), (self.b_enc, silent), (self.W_dec, silent)):
             for moment in ("exp_avg", "exp_avg_sq"):
@@ -288,6 +297,20 @@ def calibrate(tensors: dict[str, torch.Tensor], x: Vectors, k: int | float) -> N
     tensors["threshold"].fill_(quantile(pre, CALIBRATION_MARGIN * k))
 
 
+@torch.no_grad()
+def count_fired(tensors: dict[str, torch.Tensor], x: Vectors) -> Int[torch.Tensor, " d_sae"]:
+    """On how many of the inputs `x` each stored feature fires."""
+    w_enc, b_enc, theta = (tensors[name].float() for name in ("W_enc", "b_enc", "threshold"))
+    counts = [(some.float() @ w_enc + b_enc > theta).sum(0) for some in x.split(CENSUS_CHUNK)]
+    return torch.stack(counts).sum(0)
+
+
+def kept_features(tensors: dict[str, torch.Tensor], keep: Bool[torch.Tensor, " d_sae"]) -> dict[str, torch.Tensor]:
+    """The stored weights without the features that are not in `keep`."""
+    narrower = {name: tensors[name][keep] for name in ("b_enc", "W_dec", "threshold")}
+    return {**narrower, "W_enc": tensors["W_enc"][:, keep].contiguous(), "b_dec": tensors["b_dec"]}
+
+
 def save_dictionary(site: Site, tensors: dict[str, torch.Tensor], model_name: str, folder: Path) -> None:
     """Write one dictionary in SAELens' on-disk format: float16 on disk, float32 in use."""
     sae = _sae(site, tensors, model_name)
@@ -316,14 +339,22 @@ def _sae(site: Site, tensors: dict[str, torch.Tensor], model_name: str) -> SAE[A
 
 
 def save_all(training: Training, model_name: str, out: Path) -> None:
-    """Calibrate and write every dictionary of the run, one folder each: `{layer}.{attn|mlp}`."""
+    """Calibrate every dictionary of the run and write it, one folder each: `{layer}.{attn|mlp}`."""
     values = training.activations(training.n_blocks)
     torch.manual_seed(training.recipe.seed)
     chosen = torch.randperm(len(next(iter(values.values()))[0]))[:CALIBRATION_TOKENS]
-    for dictionary in training.dictionaries:
-        tensors = dictionary.stored()
-        calibrate(tensors, values[dictionary.site][0][chosen], training.recipe.k)
-        save_dictionary(dictionary.site, tensors, model_name, out / dictionary.site.name)
+    stored = {d.site: d.stored() for d in training.dictionaries}
+    for site, tensors in stored.items():
+        calibrate(tensors, values[site][0][chosen], training.recipe.k)
+    counts = {site: torch.zeros(training.recipe.d_sae, dtype=torch.int64) for site in stored}
+    for block in range(CENSUS_BLOCKS):
+        values = training.activations(training.n_blocks + block)
+        for site, tensors in stored.items():
+            counts[site] += count_fired(tensors, values[site][0])
+    n_tokens = CENSUS_BLOCKS * training.recipe.block_windows * (training.model.n_ctx - 1)
+    for site, tensors in stored.items():
+        often = counts[site] >= max(1.0, RAREST * n_tokens)
+        save_dictionary(site, kept_features(tensors, often), model_name, out / site.name)
 
 
 def train(training: Training, out: Path, checkpoint_every: int) -> None:

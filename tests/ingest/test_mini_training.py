@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner
 from sae_lens import SAE
 from tokenizers import Tokenizer
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cosine_similarity, cross_entropy, threshold
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -18,7 +18,15 @@ from atlas.errors import AtlasError
 from ingest.mini import look, measure
 from ingest.mini.corpus import BOS, Corpus, train_tokenizer
 from ingest.mini.sites import SiteModel
-from ingest.mini.train_dictionaries import Recipe, Training, quantile, train
+from ingest.mini.train_dictionaries import (
+    Recipe,
+    Training,
+    calibrate,
+    count_fired,
+    kept_features,
+    quantile,
+    train,
+)
 
 N_CTX, D_MODEL, N_HEADS = 16, 32, 4
 RECIPE = Recipe(tokens=4 * 32 * (N_CTX - 1), d_sae=48, k=6, batch=96, block_windows=32)
@@ -121,7 +129,7 @@ def test_stored_dictionaries_load_with_sae_lens_and_encode_as_the_formula_says(
         torch.testing.assert_close(sae(cache[site.hook_in]), expected, rtol=1e-3, atol=2e-3)
         assert sae.cfg.metadata.hook_name == site.hook_in
         assert sae.cfg.metadata.hook_name_out == site.hook_out
-        torch.testing.assert_close(w["W_dec"].norm(dim=1), torch.ones(RECIPE.d_sae), rtol=2e-3, atol=0)
+        torch.testing.assert_close(w["W_dec"].norm(dim=1), torch.ones(sae.cfg.d_sae), rtol=2e-3, atol=0)
 
 
 def test_training_units_fold_into_the_models_units(model: SiteModel, corpus: Corpus) -> None:
@@ -169,7 +177,7 @@ def test_training_explains_more_and_keeps_k_features(model: SiteModel, corpus: C
         assert l0 == pytest.approx(6, rel=0.15)
 
 
-def test_silent_features_are_set_where_they_fire_at_twice_the_threshold(model: SiteModel, corpus: Corpus) -> None:
+def test_silent_features_are_set_where_they_fire_as_often_as_others(model: SiteModel, corpus: Corpus) -> None:
     training = Training(model, corpus, RECIPE)
     training.run_block()
     d = training.dictionaries[1]
@@ -180,11 +188,31 @@ def test_silent_features_are_set_where_they_fire_at_twice_the_threshold(model: S
         d.b_enc[7] = -100.0
     kept = d.W_enc[:, 6].clone()
     d.revive(x, y, training.optimizer)
-    pre = x @ d.W_enc + d.b_enc
-    assert float((pre[:, 7] / d.theta - 2).abs().min()) < 1e-3
-    assert float(d.W_dec[7].norm()) == pytest.approx(1, abs=1e-4)
+    acts = threshold(x @ d.W_enc + d.b_enc, float(d.theta), 0.0)[:, 7]
+    assert int((acts > 0).sum()) == pytest.approx(len(x) * RECIPE.k / RECIPE.d_sae, abs=1)
+    assert float(cosine_similarity(d.W_dec[7], acts @ y, dim=0)) == pytest.approx(1, abs=1e-4)
     assert torch.equal(d.W_enc[:, 6], kept)
     assert float(training.optimizer.state[d.W_dec]["exp_avg_sq"][7].abs().max()) == 0
+
+
+def test_silent_features_are_not_stored_and_the_others_do_the_same(model: SiteModel, corpus: Corpus) -> None:
+    training = Training(model, corpus, RECIPE)
+    training.run_block()
+    d = training.dictionaries[0]
+    x = training.activations(1)[d.site][0].float()
+    stored = d.stored()
+    calibrate(stored, x, RECIPE.k)
+    stored["b_enc"][3] = -1000.0
+    keep = count_fired(stored, x) > 0
+    narrower = kept_features(stored, keep)
+    assert not keep[3]
+    assert narrower["W_enc"].shape[1] == int(keep.sum()) >= RECIPE.k
+    outputs: list[torch.Tensor] = []
+    for tensors in (stored, narrower):
+        w = {name: value.float() for name, value in tensors.items()}
+        pre = x @ w["W_enc"] + w["b_enc"]
+        outputs.append(torch.where(pre > w["threshold"], pre, 0.0) @ w["W_dec"] + w["b_dec"])
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-5)
 
 
 def test_quantile_is_exceeded_by_k_a_row() -> None:
