@@ -190,7 +190,7 @@ def test_silent_features_are_set_where_they_fire_as_often_as_others(model: SiteM
     d.revive(x, y, training.optimizer)
     acts = threshold(x @ d.W_enc + d.b_enc, float(d.theta), 0.0)[:, 7]
     assert int((acts > 0).sum()) == pytest.approx(len(x) * RECIPE.k / RECIPE.d_sae, abs=1)
-    assert float(cosine_similarity(d.W_dec[7], acts @ y, dim=0)) == pytest.approx(1, abs=1e-4)
+    assert cosine_similarity(d.W_dec[7], acts @ y, dim=0).item() == pytest.approx(1, abs=1e-4)
     assert torch.equal(d.W_enc[:, 6], kept)
     assert float(training.optimizer.state[d.W_dec]["exp_avg_sq"][7].abs().max()) == 0
 
