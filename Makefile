@@ -12,7 +12,11 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(READY)
-	$(BIN)/python -m ingest.demo
+	$(BIN)/atlas ingest ingest/mini/prompts.jsonl
+	$(BIN)/atlas verify
+	$(BIN)/atlas status
+	$(BIN)/atlas query circuits --task quotes --limit 3
+	$(BIN)/atlas show aae91c729bed3a03/14/2/mlp/1824 --depth 2 --top 4
 
 test: lint
 	$(BIN)/pytest -m "not soak"
