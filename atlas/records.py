@@ -8,7 +8,6 @@ SCHEMA names what is stored, METHOD says what the numbers mean.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,11 +83,11 @@ class RunRecord:
     atlas_version: str
 
 
-class FiringRecord(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class FiringRecord:
     """Where one feature is active in a prompt: `positions` [n] ascending, `values` [n].
 
-    The feature is `<dictionary>/<index>`; `dictionary` is an id of the replacement model. A prompt has
-    thousands of these: a tuple is made three times as fast as a frozen dataclass.
+    The feature is `<dictionary>/<index>`; `dictionary` is an id of the replacement model.
     """
 
     dictionary: str

@@ -93,7 +93,7 @@ def validation_loss(model: Any, corpus: Corpus, n_ctx: int) -> float:
 
 def save(model: GPT2LMHeadModel, tokenizer: Tokenizer, out: Path) -> None:
     """Write the model as a `GPT2LMHeadModel` directory in half precision."""
-    half = GPT2LMHeadModel(model.config).to(torch.float16)
+    half = GPT2LMHeadModel(model.config).half()
     half.load_state_dict(model.state_dict())
     half.save_pretrained(out)
     wrapped = PreTrainedTokenizerFast(
