@@ -211,12 +211,12 @@ class _Assembly:
         return direct, ov, {node: total - float(stored[node]) for node, total in incoming.items()}
 
     def _sources(self) -> Sources:
-        kept = [(i, group) for i, group in enumerate(self.groups) if len(group.position)]
+        groups = self.groups
         return Sources(
-            node=torch.cat([self.numbers(i) for i, _ in kept]),
-            depth=torch.cat([torch.full_like(g.position, depth_of(g.layer, g.site)) for _, g in kept]),
-            position=torch.cat([g.position for _, g in kept]),
-            write=torch.cat([self._write(g) for _, g in kept]),
+            node=torch.arange(self.first[-1]),
+            depth=torch.cat([torch.full_like(g.position, depth_of(g.layer, g.site)) for g in groups]),
+            position=torch.cat([g.position for g in groups]),
+            write=torch.cat([self._write(g) for g in groups]),
         )
 
     def _write(self, group: Group) -> Float[torch.Tensor, "n d_model"]:
