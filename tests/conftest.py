@@ -1,17 +1,21 @@
 """The databases that tests run on: one server of each engine a session, emptied for every test.
 
 `store` runs a test on both engines. Where no Neo4j can be started, its half is skipped with one line;
-with `neo4j` among ATLAS_TEST_REQUIRE that is a failure instead.
+with `neo4j` among ATLAS_TEST_REQUIRE that is a failure instead. `browser` is a headless Chromium, and
+likewise: `browser` among ATLAS_TEST_REQUIRE makes a missing one a failure.
 """
 
 import faulthandler
 import os
 from collections.abc import Iterator
+from typing import NoReturn
 
 import pytest
+from playwright.sync_api import Browser, sync_playwright
 
 from atlas.schema import prepare
 from atlas.store import Store, connect
+from atlas.views import chromium
 from tests import neo4j_server
 from tests.neo4j_server import Neo4jServer
 
@@ -34,9 +38,7 @@ def _session() -> Iterator[None]:
 def neo4j_real() -> Iterator[Neo4jServer]:
     """A running Neo4j; NEO4J_PASSWORD is set to its password for the rest of the session."""
     if reason := neo4j_server.missing():
-        if "neo4j" in os.environ.get("ATLAS_TEST_REQUIRE", "").split(","):
-            pytest.fail(reason)
-        pytest.skip(reason)
+        _go_without("neo4j", reason)
     with neo4j_server.running() as server, pytest.MonkeyPatch.context() as patch:
         patch.setenv("NEO4J_PASSWORD", server.password)
         yield server
@@ -70,6 +72,25 @@ def neo4j_store(_neo4j_session: Store) -> Store:
 def store(request: pytest.FixtureRequest) -> Store:
     """A prepared and otherwise empty store, on each engine in turn."""
     return request.getfixturevalue(f"{request.param}_store")
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """A headless Chromium; a test opens its own context in it, and closes that."""
+    path = chromium.executable()
+    if path is None:
+        _go_without("browser", "no browser: neither Chromium nor one made from it is here")
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield launched
+        launched.close()
+
+
+def _go_without(part: str, reason: str) -> NoReturn:
+    """Skip a test for want of `part`, or fail it where ATLAS_TEST_REQUIRE demands that part."""
+    if part in os.environ.get("ATLAS_TEST_REQUIRE", "").split(","):
+        pytest.fail(reason)
+    pytest.skip(reason)
 
 
 def _emptied(store: Store) -> Store:
