@@ -26,8 +26,17 @@ PROCESSING = "fold_ln,center_writing_weights,center_unembed,fold_value_biases"
 
 @dataclass(frozen=True)
 class Weights:
-    """The processed weights that attribution needs, named and shaped as in TransformerLens."""
+    """The processed weights that attribution needs, named and shaped as in TransformerLens.
 
+    `attn_scale` is what each layer multiplies q . k by: 1 / sqrt(d_head), over the layer's number where the
+    model scales so.
+    """
+
+    W_Q: Float[torch.Tensor, "layer head d_model d_head"]
+    b_Q: Float[torch.Tensor, "layer head d_head"]
+    W_K: Float[torch.Tensor, "layer head d_model d_head"]
+    b_K: Float[torch.Tensor, "layer head d_head"]
+    attn_scale: tuple[float, ...]
     W_V: Float[torch.Tensor, "layer head d_model d_head"]
     b_V: Float[torch.Tensor, "layer head d_head"]
     W_O: Float[torch.Tensor, "layer head d_head d_model"]
@@ -141,5 +150,7 @@ def _boot(name: str) -> Any:
 
 
 def _weights(bridge: Any) -> Weights:
-    names = ("W_V", "b_V", "W_O", "b_O", "W_U", "b_U")
-    return Weights(**{name: getattr(bridge, name).detach() for name in names})
+    names = ("W_Q", "b_Q", "W_K", "b_K", "W_V", "b_V", "W_O", "b_O", "W_U", "b_U")
+    by_layer = getattr(bridge.cfg, "scale_attn_by_inverse_layer_idx", False)
+    scale = tuple(bridge.cfg.d_head**-0.5 / (layer + 1 if by_layer else 1) for layer in range(bridge.cfg.n_layers))
+    return Weights(attn_scale=scale, **{name: getattr(bridge, name).detach() for name in names})
