@@ -8,6 +8,7 @@ SCHEMA names what is stored, METHOD says what the numbers mean.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,17 +84,28 @@ class RunRecord:
     atlas_version: str
 
 
-@dataclass(frozen=True, slots=True)
-class FiringRecord:
+class FiringRecord(NamedTuple):
     """Where one feature is active in a prompt: `positions` [n] ascending, `values` [n].
 
-    The feature is `<dictionary>/<index>`; `dictionary` is an id of the replacement model.
+    The feature is `<dictionary>/<index>`; `dictionary` is an id of the replacement model. A tuple, as
+    there are thousands in a prompt.
     """
 
     dictionary: str
     index: int
     positions: tuple[int, ...]
     values: tuple[float, ...]
+
+
+class SpanRecord(NamedTuple):
+    """One feature active on the tokens `start` to `end`, two or more, with their text and its `mean` activation."""
+
+    dictionary: str
+    index: int
+    start: int
+    end: int
+    text: str
+    mean: float
 
 
 @dataclass(frozen=True)
@@ -148,6 +160,47 @@ class OVEdges:
 
 
 @dataclass(frozen=True)
+class AttentionScores:
+    """Scores of heads that were taken apart: all arrays [n_scores], each (layer, head, query, key) once.
+
+    `score` is before the softmax, `pattern` after it; `unstored` is the part of the score that no QK edge carries.
+    """
+
+    layer: NDArray[np.int64]
+    head: NDArray[np.int64]
+    query: NDArray[np.int64]
+    key: NDArray[np.int64]
+    score: NDArray[np.float64]
+    pattern: NDArray[np.float64]
+    unstored: NDArray[np.float64]
+
+    @classmethod
+    def none(cls) -> "AttentionScores":
+        """No scores."""
+        return cls(*(np.zeros(0, dtype=np.int64) for _ in range(4)), *(np.zeros(0) for _ in range(3)))
+
+
+@dataclass(frozen=True)
+class QKEdges:
+    """QK edges, one per head: all arrays [n_edges]; `source` (at the key) and `target` (at the query) index nodes.
+
+    Each belongs to the AttentionScore of its layer, head, and its nodes' positions.
+    """
+
+    source: NDArray[np.int64]
+    target: NDArray[np.int64]
+    layer: NDArray[np.int64]
+    head: NDArray[np.int64]
+    score: NDArray[np.float64]
+    lift: NDArray[np.float64]
+
+    @classmethod
+    def none(cls) -> "QKEdges":
+        """No edges."""
+        return cls(*(np.zeros(0, dtype=np.int64) for _ in range(4)), *(np.zeros(0) for _ in range(2)))
+
+
+@dataclass(frozen=True)
 class CircuitRecord:
     """One root's circuit under one rule.
 
@@ -188,6 +241,9 @@ class PromptRecord:
     direct: DirectEdges
     ov: OVEdges
     circuits: tuple[CircuitRecord, ...]
+    spans: tuple[SpanRecord, ...] = ()
     task: str | None = None
     source: str | None = None
     fields: Mapping[str, object] = field(default_factory=dict[str, object])
+    scores: AttentionScores = field(default_factory=AttentionScores.none)
+    qk: QKEdges = field(default_factory=QKEdges.none)
