@@ -46,7 +46,7 @@ class _Commands(click.Group):
 
 _SENTENCES = {
     "cypher": "Run a Cypher query and print its rows.",
-    "dictionaries": "Convert published dictionaries.",
+    "dictionaries": "Convert and measure dictionaries.",
     "ingest": "Trace prompts and store their circuits.",
     "labels": "Import labels of features.",
     "queries": "List the questions with their parameters.",

@@ -121,8 +121,9 @@ class _Unpickler(pickle.Unpickler):
 def read_pickled(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """The configuration's attributes (`cfg`) and the tensors (`state_dict`) of a torch file.
 
-    The attributes are plain data, but of any kind: look at one only after its type. Nothing of the file is
-    run. Raises AtlasError when it is no torch file, is damaged, or holds or asks for anything else.
+    A file that holds a table of tensors alone has no attributes. The attributes are plain data, but of any kind:
+    look at one only after its type. Nothing of the file is run. Raises AtlasError when it is no torch file, is
+    damaged, or holds or asks for anything else.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -140,15 +141,21 @@ def read_pickled(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 
 def _contents(value: object, archive: zipfile.ZipFile, folder: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     table = cast(dict[object, object], value) if isinstance(value, dict) else {}
+    if isinstance(value, _OrderedDict) and "cfg" not in table:
+        return {}, _tensors(table, archive, folder)
     config, state = table.get("cfg"), table.get("state_dict")
     if not isinstance(config, Config) or not isinstance(state, dict):
         raise pickle.UnpicklingError("it does not hold a configuration (cfg) and a table of tensors (state_dict)")
+    return config.values, _tensors(cast(dict[object, object], state), archive, folder)
+
+
+def _tensors(state: dict[object, object], archive: zipfile.ZipFile, folder: str) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
-    for name, described in cast(dict[object, object], state).items():
+    for name, described in state.items():
         if not isinstance(name, str) or not isinstance(described, _Tensor):
-            raise pickle.UnpicklingError("its state_dict holds something that is no tensor")
+            raise pickle.UnpicklingError("its table of tensors holds something that is no tensor")
         tensors[name] = _tensor(described, archive, folder)
-    return config.values, tensors
+    return tensors
 
 
 def _tensor(described: _Tensor, archive: zipfile.ZipFile, folder: str) -> torch.Tensor:

@@ -17,8 +17,9 @@ import torch
 from click.testing import CliRunner
 
 from atlas.errors import AtlasError
-from ingest.convert import convert_transcoder, dictionaries
+from ingest.convert import convert
 from ingest.dictionaries import load_dictionary
+from ingest.dictionary_commands import dictionaries
 from ingest.model import LanguageModel, load_model, sha256
 from ingest.pickled import read_pickled
 from tests.ingest.models import write_model
@@ -75,7 +76,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
 def test_a_converted_transcoder_computes_the_published_formula(tmp_path: Path, model: LanguageModel) -> None:
     weights = random_weights()
     file = write_published(tmp_path / "final_blocks.1.pt", weights)
-    folder = convert_transcoder(file, tmp_path / "out")
+    folder = convert(file, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["1.mlp"]
     loaded = load_dictionary(folder, model)
 
@@ -98,7 +99,7 @@ def test_what_is_recorded(tmp_path: Path, model: LanguageModel) -> None:
     cache = tmp_path / "models--pchlenski--gpt2-transcoders" / "snapshots" / revision
     cache.mkdir(parents=True)
     file = write_published(cache / "final.pt")
-    folder = convert_transcoder(file, tmp_path / "out")
+    folder = convert(file, tmp_path / "out")
     record = load_dictionary(folder, model).record
     assert (record.layer, record.site, record.kind, record.activation) == (1, "mlp", "transcoder", "relu")
     assert (record.hook_in, record.hook_out) == ("blocks.1.ln2.hook_normalized", "blocks.1.hook_mlp_out")
@@ -106,7 +107,7 @@ def test_what_is_recorded(tmp_path: Path, model: LanguageModel) -> None:
     assert json.loads((folder / "cfg.json").read_text())["metadata"]["source_sha256"] == sha256(file)
     elsewhere = write_published(tmp_path / "mine.pt", hook_point="blocks.2.ln2.hook_normalized",
                                 out_hook_point="blocks.2.hook_mlp_out")  # fmt: skip
-    record = load_dictionary(convert_transcoder(elsewhere, tmp_path / "out"), model).record
+    record = load_dictionary(convert(elsewhere, tmp_path / "out"), model).record
     assert (record.layer, record.source, record.revision) == (2, "mine", "local")
 
 
@@ -131,7 +132,7 @@ def test_the_command_and_what_is_there_already(tmp_path: Path) -> None:
     before = {path.name: path.read_bytes() for path in (out / "1.mlp").iterdir()}
     assert set(before) == {"cfg.json", "sae_weights.safetensors"}
     with pytest.raises(AtlasError, match="is there already"):
-        convert_transcoder(write_published(tmp_path / "two.pt", random_weights(seed=2)), out)
+        convert(write_published(tmp_path / "two.pt", random_weights(seed=2)), out)
     assert {path.name: path.read_bytes() for path in (out / "1.mlp").iterdir()} == before
 
 
@@ -163,7 +164,7 @@ def test_what_is_no_transcoder_is_refused_in_a_sentence(
 ) -> None:
     file = write_published(tmp_path / "bad.pt", weights, **fields)
     with pytest.raises(AtlasError, match=sentence) as caught:
-        convert_transcoder(file, tmp_path / "out")
+        convert(file, tmp_path / "out")
     assert str(file) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
@@ -214,7 +215,7 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: bytes) -> 
     file.write_bytes(zipped(program))
     modules = set(sys.modules)
     with pytest.raises(AtlasError) as caught:
-        convert_transcoder(file, tmp_path / "out")
+        convert(file, tmp_path / "out")
     sentence = str(caught.value)
     assert sentence.startswith(f"{file} ")
     assert len(sentence) < 500
@@ -346,8 +347,8 @@ def test_files_that_are_damaged_or_something_else(tmp_path: Path) -> None:
         file = tmp_path / "bad.pt"
         file.write_bytes(content)
         with pytest.raises(AtlasError, match=r"bad\.pt (is no torch file|was refused)"):
-            convert_transcoder(file, tmp_path / "out")
+            convert(file, tmp_path / "out")
     for path in (tmp_path / "missing.pt", tmp_path):
         with pytest.raises(AtlasError, match="cannot be read"):
-            convert_transcoder(path, tmp_path / "out")
+            convert(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
