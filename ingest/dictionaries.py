@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
+from safetensors import SafetensorError, safe_open
 
 from atlas.errors import AtlasError, cause
 from atlas.records import DictionaryRecord
@@ -26,6 +27,7 @@ ACTIVATIONS = {
     "jumprelu": "jumprelu",
     "jumprelu_transcoder": "jumprelu",
 }
+MEANS = "means.safetensors"
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class Dictionary:
 
     `W_enc` is kept column-major, so that the encoder rows of single features are contiguous.
     `b_in` is b_dec where the SAE subtracts it from its input, else zero. `k` is TopK's, `threshold`
-    JumpReLU's; the other is None.
+    JumpReLU's; the other is None. `mean` is the mean activation of every feature over a corpus, and None
+    where it was not measured (ingest/means.py).
     """
 
     W_enc: Float[torch.Tensor, "d_in d_sae"]
@@ -45,6 +48,7 @@ class Dictionary:
     threshold: Float[torch.Tensor, " d_sae"] | None
     k: int | None
     record: DictionaryRecord
+    mean: Float[torch.Tensor, " d_sae"] | None = None
 
     def pre_activations(self, x: Float[torch.Tensor, "pos d_in"]) -> Float[torch.Tensor, "pos d_sae"]:
         """p = (x - b_in) W_enc + b_enc."""
@@ -58,6 +62,11 @@ class Dictionary:
             top = torch.zeros_like(p, dtype=torch.bool).scatter_(1, p.topk(self.k, dim=1).indices, value=True)
             return top & (p > 0)
         return p > 0
+
+    def activations(self, x: Float[torch.Tensor, "pos d_in"]) -> Float[torch.Tensor, "pos d_sae"]:
+        """a, zero where a feature does not fire."""
+        p = self.pre_activations(x)
+        return p * self.active(p)
 
     def encoder(self, index: Int[torch.Tensor, " n"]) -> Float[torch.Tensor, "n d_in"]:
         """The encoder rows of some features."""
@@ -136,6 +145,7 @@ def load_dictionary(folder: Path, model: LanguageModel) -> Dictionary:
         threshold=tensors.get("threshold"),
         k=getattr(sae.cfg, "k", None),
         record=record,
+        mean=_mean(folder, record, b_dec.dtype),
     )
 
 
@@ -144,6 +154,23 @@ def replacement_id(model: LanguageModel, dictionaries: list[Dictionary]) -> str:
     parts = [model.record.id, model.record.revision, model.record.weight_processing]
     parts += [f"{d.record.id}:{d.record.sha256}" for d in dictionaries]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _mean(folder: Path, record: DictionaryRecord, dtype: torch.dtype) -> Float[torch.Tensor, " d_sae"] | None:
+    """The feature means beside a dictionary; None where there are none, or they were taken with other weights."""
+    file = folder / MEANS
+    if not file.is_file():
+        return None
+    try:
+        with safe_open(file, framework="pt") as opened:
+            measured_with, mean = (opened.metadata() or {}).get("sha256"), opened.get_tensor("mean").to(dtype)
+    except (SafetensorError, OSError) as error:
+        raise AtlasError(f"{file} holds no feature means ({cause(error)}); remove it.") from error
+    if measured_with != record.sha256:
+        return None
+    if mean.shape != (record.d_sae,) or not torch.isfinite(mean).all():
+        raise AtlasError(f"{file} does not hold a finite mean for each of {record.d_sae} features; remove it.")
+    return mean
 
 
 def _load_sae(folder: Path) -> Any:
