@@ -86,7 +86,7 @@ def text_tokens(setup: Setup) -> list[int]:
 def firing_rate(setup: Setup, tokens: list[int]) -> float:
     """Active features a token and site, BOS left out."""
     replacement = setup.replace(tokens)
-    rates = [site.active[1:].sum(1).double().mean() for site in (*replacement.attn, *replacement.mlp)]
+    rates = [torch.tensor(site.counts[1:]).double().mean() for site in (*replacement.attn, *replacement.mlp)]
     return float(torch.stack(rates).mean())
 
 

@@ -1,7 +1,7 @@
 """Hierarchical attribution: the circuits of many roots in one sweep (METHOD 4).
 
-The gradient g [root, pos, d_model] of every root at the residual stream is carried from the last
-layer down to the embeddings. At each site the features' attributions are read off it,
+The gradient g of every root at the residual stream is carried from the last layer down to the
+embeddings. At each site the features' attributions are read off it,
 
     attr = a_j (dec_j . g[t])
 
@@ -11,15 +11,23 @@ the keep rule decides, and only kept features hand it on, through the read vecto
     attn:  g[s] += sum_h P W_V[h] (sum_t A[h,t,s] sum_kept (dec_i . g[t]) enc_i[h]) / sigma_pre[s]
 
 so a pruned feature blocks what would have flowed through it. Errors, biases and embeddings are leaves.
+
+A root at t never reaches a position after t nor a layer above its own, so g has one row per root and
+position s <= t and nothing else, and roots come sorted from the top of the model down: those begun at
+a site are the first few.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
+from torch.nn import functional
 
 from ingest.replacement import ReplacementModel, Site, centre
+
+warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
 
 Keep = Callable[[Float[torch.Tensor, "root n"], Float[torch.Tensor, " root"]], Bool[torch.Tensor, "root n"]]
 
@@ -51,7 +59,7 @@ RULES: dict[str, Callable[[float], Keep]] = {"paper": paper, "relative": relativ
 
 @dataclass(frozen=True)
 class Roots:
-    """What circuits are asked for. Per root: where it reads the residual stream, and how.
+    """What circuits are asked for, from the top of the model down: logits, then MLP before attention per layer.
 
     `layer` is n_layers for logits. `site` is "mlp", "attn" or "logit". `read` is P enc / sigma_mid at
     resid_mid for MLP features, P W_U / sigma_final at the last resid_post for logits, and zero for
@@ -59,7 +67,7 @@ class Roots:
     `value` is p_r; `constant` the part of it that no node sends.
     """
 
-    layer: Int[torch.Tensor, " root"]
+    layer: tuple[int, ...]
     site: tuple[str, ...]
     position: Int[torch.Tensor, " root"]
     index: Int[torch.Tensor, " root"]
@@ -69,15 +77,15 @@ class Roots:
 
     def at(self, layer: int, site: str) -> list[int]:
         """The roots that sit at a site."""
-        return [i for i, s in enumerate(self.site) if s == site and int(self.layer[i]) == layer]
+        return [i for i, at in enumerate(zip(self.layer, self.site, strict=True)) if at == (layer, site)]
 
 
 @dataclass(frozen=True)
 class SiteAttribution:
-    """What one site gets: features with what was kept of them, and the leaves error and bias."""
+    """What one site gets: its features, in the site's order, with what was kept of them, and its leaves."""
 
-    feature: Float[torch.Tensor, "root pos slot"]
-    kept: Bool[torch.Tensor, "root pos slot"]
+    feature: Float[torch.Tensor, "root active"]
+    kept: Bool[torch.Tensor, "root active"]
     error: Float[torch.Tensor, "root pos"]
     bias: Float[torch.Tensor, "root pos"]
 
@@ -96,6 +104,10 @@ class Attribution:
     position: Float[torch.Tensor, "root pos"]
     constant: Float[torch.Tensor, " root"]
     pruned: Float[torch.Tensor, " root"]
+
+    def site(self, layer: int, name: str) -> SiteAttribution:
+        """What the site `attn` or `mlp` of a layer gets."""
+        return (self.attn if name == "attn" else self.mlp)[layer]
 
     @property
     def errors(self) -> Float[torch.Tensor, " root"]:
@@ -118,83 +130,146 @@ def sum_of(parts: list[torch.Tensor]) -> Float[torch.Tensor, " root"]:
     return torch.stack([part.flatten(1).sum(1) for part in parts]).sum(0)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Which root and position each row of g belongs to; the rows of root r begin at `start[r]`."""
+
+    root: Int[torch.Tensor, " row"]
+    position: Int[torch.Tensor, " row"]
+    start: Int[torch.Tensor, " root_and_end"]
+
+    def of(self, begun: int) -> "Rows":
+        """The rows of the first roots."""
+        end = int(self.start[begun])
+        return Rows(self.root[:end], self.position[:end], self.start[: begun + 1])
+
+    def table(self, value: Float[torch.Tensor, " row"], n_roots: int, n_pos: int) -> Float[torch.Tensor, "root pos"]:
+        """Numbers of rows by root and position, zero where there is no row."""
+        table = value.new_zeros(n_roots, n_pos)
+        table[self.root, self.position] = value
+        return table
+
+
+def _rows(roots: Roots) -> Rows:
+    lengths = roots.position + 1
+    start = functional.pad(lengths.cumsum(0), (1, 0))
+    root = torch.arange(len(lengths)).repeat_interleave(lengths)
+    return Rows(root, torch.arange(len(root)) - start[root], start)
+
+
 @torch.no_grad()
 def attribute(model: ReplacementModel, roots: Roots, keep: Keep) -> Attribution:
     """Sweep all roots of a prompt from the last layer to the embeddings (METHOD 4)."""
-    trace = model.trace
-    n_pos, d_model = trace.embed.shape
-    g = torch.zeros(len(roots.site), n_pos, d_model, dtype=trace.embed.dtype)
+    trace, every = model.trace, _rows(roots)
+    g = trace.embed.new_zeros(len(every.root), trace.embed.shape[1])
     constant = roots.constant.clone()
     pruned = torch.zeros_like(constant)
     attn: list[SiteAttribution] = []
     mlp: list[SiteAttribution] = []
-    _inject(g, roots, roots.at(model.n_layers, "logit"))
-    for layer in reversed(range(model.n_layers)):
-        site = model.mlp[layer]
-        found, coefficient = _features(site, g, roots, keep)
-        index, position, weight = _kept(site, coefficient)
-        mlp.append(SiteAttribution(*found, error=_dot(g, site.error), bias=g @ site.bias))
-        constant += weight @ model.constants(layer, "mlp", index)
-        pruned += (found[0] * ~found[1]).sum((1, 2))
-        step = torch.zeros_like(g).index_add_(1, position, weight[:, :, None] * site.dictionary.encoder(index))
-        g = g + centre(step) / trace.sigma_mid[layer][:, None]
-        _inject(g, roots, roots.at(layer, "mlp"))
 
-        site = model.attn[layer]
-        written = g @ model.W_O(layer).T if site.on_z else g
-        found, coefficient = _features(site, written, roots, keep)
-        index, position, weight = _kept(site, coefficient)
-        attn.append(SiteAttribution(*found, error=_dot(written, site.error), bias=g @ model.attn_bias(layer)))
-        constant += weight @ model.constants(layer, "attn", index)
-        pruned += (found[0] * ~found[1]).sum((1, 2))
-        read_z = torch.zeros(len(g), n_pos, *model.weights.W_O.shape[1:3], dtype=g.dtype)
-        read_z.index_add_(1, position, weight[:, :, None, None] * model.z_read(layer, index))
-        for root in roots.at(layer, "attn"):
-            read_z[root, roots.position[root]] += model.z_read(layer, roots.index[root, None])[0]
-        if read_z.any():
-            g = g + through_values(model, layer, read_z)
+    def table(rows: Rows, value: torch.Tensor) -> torch.Tensor:
+        return rows.table(value, len(roots.site), len(trace.embed))
+
+    def begin(layer: int, site: str, begun: int) -> int:
+        here = roots.at(layer, site)
+        g[every.start[here] + roots.position[here]] += roots.read[here]
+        return begun + len(here)
+
+    def site_attribution(layer: int, name: str, rows: Rows, written: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        site, n_begun = model.site(layer, name), len(rows.start) - 1
+        feature, kept, gradient = _features(site, written, rows, keep, roots.value[:n_begun])
+        error = (written * site.error[rows.position]).sum(1)
+        (mlp if name == "mlp" else attn).append(
+            SiteAttribution(_padded(feature, roots), _padded(kept, roots), table(rows, error), table(rows, bias))
+        )
+        constant[:n_begun] += _constants(model, layer, name, gradient)
+        pruned[:n_begun] += (feature * ~kept).sum(1)
+        return _hand_on(site, gradient, rows)
+
+    begun = begin(model.n_layers, "logit", 0)
+    for layer in reversed(range(model.n_layers)):
+        rows = every.of(begun)
+        live = g[: len(rows.root)]
+        read = site_attribution(layer, "mlp", rows, live, live @ model.mlp[layer].bias)
+        live += centre(read) / trace.sigma_mid[layer][rows.position, None]
+        begun = begin(layer, "mlp", begun)
+
+        rows = every.of(begun)
+        live = g[: len(rows.root)]
+        written = live @ model.W_O(layer).T if model.attn[layer].on_z else live
+        read = site_attribution(layer, "attn", rows, written, live @ model.attn_bias(layer))
+        here = roots.at(layer, "attn")
+        begun += len(here)
+        rows = every.of(begun)
+        read = functional.pad(read, (0, 0, 0, len(rows.root) - len(read)))
+        read[every.start[here] + roots.position[here]] = model.attn[layer].dictionary.encoder(roots.index[here])
+        g[: len(rows.root)] += through_values(model, layer, rows, read)
     return Attribution(
         attn=tuple(reversed(attn)),
         mlp=tuple(reversed(mlp)),
-        embedding=_dot(g, trace.embed),
-        position=_dot(g, trace.pos_embed),
+        embedding=table(every, (g * trace.embed[every.position]).sum(1)),
+        position=table(every, (g * trace.pos_embed[every.position]).sum(1)),
         constant=constant,
         pruned=pruned,
     )
 
 
 def through_values(
-    model: ReplacementModel, layer: int, read_z: Float[torch.Tensor, "root pos head d_head"]
-) -> Float[torch.Tensor, "root pos d_model"]:
-    """Carry a read of z at query positions to reads of resid_pre at key positions, patterns frozen."""
-    read_v = torch.einsum("hts,rthe->rshe", model.trace.pattern[layer], read_z)
-    read = torch.einsum("rshe,hde->rsd", read_v, model.weights.W_V[layer])
-    return centre(read) / model.trace.sigma_pre[layer][:, None]
-
-
-def _inject(g: torch.Tensor, roots: Roots, chosen: list[int]) -> None:
-    """Begin the sweep of the roots that read the residual stream here."""
-    if chosen:
-        g[chosen, roots.position[chosen]] += roots.read[chosen]
+    model: ReplacementModel, layer: int, rows: Rows, read: Float[torch.Tensor, "row d_in"]
+) -> Float[torch.Tensor, "row d_model"]:
+    """Carry reads of the attention site at query positions to reads of resid_pre at key positions, patterns frozen."""
+    pattern, W_V = model.trace.pattern[layer], model.weights.W_V[layer]
+    reading = read.any(1).nonzero()[:, 0]
+    queries, query = rows.position[reading].unique(return_inverse=True)
+    read_z = read.new_zeros(len(rows.start) - 1, len(queries), W_V.shape[0], W_V.shape[2])
+    read_z[rows.root[reading], query] = model.to_z(layer, read[reading]).unflatten(1, (W_V.shape[0], W_V.shape[2]))
+    read_v = torch.einsum("hts,rthe->rshe", pattern[:, queries], read_z)[rows.root, rows.position]
+    through = read_v.flatten(1) @ W_V.mT.flatten(0, 1)
+    return centre(through) / model.trace.sigma_pre[layer][rows.position, None]
 
 
 def _features(
-    site: Site, g: Float[torch.Tensor, "root pos d_out"], roots: Roots, keep: Keep
-) -> tuple[tuple[torch.Tensor, torch.Tensor], Float[torch.Tensor, "root pos slot"]]:
-    """(attributions, kept) and the gradients of kept features, zero where pruned; all [root, pos, slot]."""
-    gradient = torch.bmm(g.transpose(0, 1), site.decoder.mT).transpose(0, 1) * site.active
+    site: Site, g: Float[torch.Tensor, "row d_out"], rows: Rows, keep: Keep, value: Float[torch.Tensor, " begun"]
+) -> tuple[torch.Tensor, torch.Tensor, Float[torch.Tensor, "begun active"]]:
+    """Attributions, what is kept, and the gradients of kept features, zero where pruned; all [begun, active]."""
+    counts = torch.tensor(site.counts)[rows.position]
+    ends = functional.pad(counts.cumsum(0), (1, 0))
+    reached = torch.arange(len(site.index)) < (ends[rows.start[1:]] - ends[rows.start[:-1]])[:, None]
+    at = torch.sparse_csr_tensor(
+        ends,
+        site.index.expand_as(reached)[reached],
+        g.new_zeros(int(ends[-1])),
+        (len(g), len(site.dictionary.W_dec)),
+        check_invariants=False,
+    )
+    gradient = g.new_zeros(reached.shape)
+    gradient[reached] = torch.sparse.sampled_addmm(at, g, site.dictionary.W_dec.T, beta=0.0).values()
     attr = gradient * site.value
-    kept = keep(attr.flatten(1), roots.value).view_as(attr) & site.active
-    return (attr, kept), gradient * kept
+    kept = keep(attr, value)
+    return attr, kept, gradient * kept
 
 
-def _kept(
-    site: Site, coefficient: Float[torch.Tensor, "root pos slot"]
-) -> tuple[Int[torch.Tensor, " n"], Int[torch.Tensor, " n"], Float[torch.Tensor, "root n"]]:
-    """The features that any root kept: their index in the dictionary, position, and gradient per root."""
-    position, slot = coefficient.any(0).nonzero(as_tuple=True)
-    return site.index[position, slot], position, coefficient[:, position, slot]
+def _hand_on(site: Site, gradient: Float[torch.Tensor, "begun active"], rows: Rows) -> Float[torch.Tensor, "row d_in"]:
+    """sum_i gradient_i enc_i at every row, over the features that have a gradient."""
+    root, i = gradient.nonzero(as_tuple=True)
+    bags = torch.bincount(rows.start[root] + site.position[i], minlength=len(rows.root))
+    return functional.embedding_bag(
+        site.index[i],
+        site.dictionary.W_enc.T,
+        bags.cumsum(0) - bags,
+        mode="sum",
+        per_sample_weights=gradient[root, i],
+    )
 
 
-def _dot(g: Float[torch.Tensor, "root pos d"], write: Float[torch.Tensor, "pos d"]) -> Float[torch.Tensor, "root pos"]:
-    return torch.einsum("rtd,td->rt", g, write)
+def _constants(
+    model: ReplacementModel, layer: int, name: str, gradient: Float[torch.Tensor, "begun active"]
+) -> Float[torch.Tensor, " begun"]:
+    """The kept features' constants, weighted by their gradients."""
+    kept = gradient.any(0).nonzero()[:, 0]
+    return gradient[:, kept] @ model.constants(layer, name, model.site(layer, name).index[kept])
+
+
+def _padded(part: torch.Tensor, roots: Roots) -> torch.Tensor:
+    """What the begun roots have, with zeros for the others."""
+    return functional.pad(part, (0, 0, 0, len(roots.site) - len(part)))

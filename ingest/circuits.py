@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from atlas.records import CircuitRecord, DirectEdges, FiringRecord, Kind, NodeRecord, OVEdges, PromptRecord
-from ingest.attribution import RULES, Attribution, Keep, Roots, attribute
+from ingest.attribution import RULES, Attribution, Roots, attribute
 from ingest.edges import (
     AttentionTargets,
     Sources,
@@ -28,7 +28,7 @@ from ingest.edges import (
 from ingest.model import LanguageModel
 from ingest.prompts import Prompt
 from ingest.replacement import ReplacementModel, Site, centre
-from ingest.roots import Root, RootRequest, resolve, root_table
+from ingest.roots import Root, RootRequest, from_the_top, resolve, root_table
 
 
 @dataclass(frozen=True)
@@ -45,27 +45,33 @@ class CircuitRequest:
         return json.dumps({"root": self.root.spec, "rule": self.rule, "threshold": self.threshold})
 
 
+Leaf = tuple[Kind, int, str]
+
+
 @dataclass(frozen=True)
 class Sweep:
-    """The roots of one rule and threshold with their attribution."""
+    """The roots of one rule and threshold with their attribution, and which leaves pass the rule."""
 
     rule: str
     threshold: float
-    keep: Keep
     roots: list[Root]
     table: Roots
     attribution: Attribution
+    leaves: dict[Leaf, tuple[Float[torch.Tensor, "root pos"], Bool[torch.Tensor, "root pos"]]]
 
 
 @dataclass(frozen=True)
 class Group:
-    """Nodes of one kind at one layer and site, in order; `slot` is meaningful for features only."""
+    """Nodes of one kind at one layer and site, in order.
+
+    `active` is the place of each in its site's list of features, and meaningful for features only.
+    """
 
     kind: Kind
     layer: int
     site: str
     position: Int[torch.Tensor, " n"]
-    slot: Int[torch.Tensor, " n"]
+    active: Int[torch.Tensor, " n"]
 
 
 def prompt_record(
@@ -110,15 +116,20 @@ def _sweeps(requests: Sequence[CircuitRequest], replacement: ReplacementModel) -
         threshold.update({(request.rule, root): request.threshold for root in roots})
     sweeps: list[Sweep] = []
     for rule, value in dict.fromkeys((rule, value) for (rule, _), value in threshold.items()):
-        roots = [root for (r, root), v in threshold.items() if (r, v) == (rule, value)]
+        roots = from_the_top(root for (r, root), v in threshold.items() if (r, v) == (rule, value))
         keep, table = RULES[rule](value), root_table(roots, replacement)
-        sweeps.append(Sweep(rule, value, keep, roots, table, attribute(replacement, table, keep)))
+        attribution = attribute(replacement, table, keep)
+        leaves = {leaf: (attr, keep(attr, table.value)) for leaf, attr in _leaves(attribution).items()}
+        sweeps.append(Sweep(rule, value, roots, table, attribution, leaves))
     return sweeps
 
 
-def _leaves(attribution: Attribution) -> dict[tuple[Kind, int, str], Float[torch.Tensor, "root pos"]]:
+def _leaves(attribution: Attribution) -> dict[Leaf, Float[torch.Tensor, "root pos"]]:
     """The leaves of the sweep by kind, layer and site."""
-    leaves = {(Kind.EMBEDDING, -1, ""): attribution.embedding, (Kind.POSITION, -1, ""): attribution.position}
+    leaves: dict[Leaf, torch.Tensor] = {
+        (Kind.EMBEDDING, -1, ""): attribution.embedding,
+        (Kind.POSITION, -1, ""): attribution.position,
+    }
     for layer in range(len(attribution.mlp)):
         for site, found in (("attn", attribution.attn[layer]), ("mlp", attribution.mlp[layer])):
             leaves[Kind.ERROR, layer, site] = found.error
@@ -128,40 +139,34 @@ def _leaves(attribution: Attribution) -> dict[tuple[Kind, int, str], Float[torch
 
 def _groups(sweeps: Sequence[Sweep], replacement: ReplacementModel) -> list[Group]:
     """The nodes of all circuits of a prompt but its logits, from the embeddings upward."""
-    groups: list[Group] = []
-    leaf_used: dict[tuple[Kind, int, str], torch.Tensor] = {}
-    for sweep in sweeps:
-        for leaf, attr in _leaves(sweep.attribution).items():
-            used = sweep.keep(attr, sweep.table.value).any(0)
-            leaf_used[leaf] = leaf_used[leaf] | used if leaf in leaf_used else used
 
-    def leaves(kind: Kind, layer: int, site: str) -> None:
-        if (kind, layer, site) in leaf_used:
-            position = leaf_used[kind, layer, site].nonzero()[:, 0]
-            groups.append(Group(kind, layer, site, position, torch.zeros_like(position)))
+    def leaves(kind: Kind, layer: int, site: str) -> Group:
+        members = [sweep.leaves[kind, layer, site][1] for sweep in sweeps]
+        position = torch.cat(members).any(0).nonzero()[:, 0] if members else torch.zeros(0, dtype=torch.long)
+        return Group(kind, layer, site, position, position)
 
-    leaves(Kind.EMBEDDING, -1, "")
-    leaves(Kind.POSITION, -1, "")
+    groups = [leaves(Kind.EMBEDDING, -1, ""), leaves(Kind.POSITION, -1, "")]
     for layer in range(replacement.n_layers):
         for kind, site in ((Kind.ATTN, "attn"), (Kind.MLP, "mlp")):
-            used = _used_features(sweeps, replacement, layer, site)
-            groups.append(Group(kind, layer, site, *used.nonzero(as_tuple=True)))
-            leaves(Kind.ERROR, layer, site)
-            leaves(Kind.BIAS, layer, site)
+            active = _used_features(sweeps, replacement, layer, site).nonzero()[:, 0]
+            position = replacement.site(layer, site).position[active]
+            groups += [
+                Group(kind, layer, site, position, active),
+                leaves(Kind.ERROR, layer, site),
+                leaves(Kind.BIAS, layer, site),
+            ]
     return groups
 
 
 def _used_features(
     sweeps: Sequence[Sweep], replacement: ReplacementModel, layer: int, site: str
-) -> Bool[torch.Tensor, "pos slot"]:
-    at = (replacement.attn if site == "attn" else replacement.mlp)[layer]
-    used = torch.zeros_like(at.active)
+) -> Bool[torch.Tensor, " active"]:
+    at = replacement.site(layer, site)
+    used = torch.zeros_like(at.position, dtype=torch.bool)
     for sweep in sweeps:
-        found = (sweep.attribution.attn if site == "attn" else sweep.attribution.mlp)[layer]
-        used |= found.kept.any(0)
+        used |= sweep.attribution.site(layer, site).kept.any(0)
         for i in sweep.table.at(layer, site):
-            root = sweep.roots[i]
-            used[root.position] |= at.active[root.position] & (at.index[root.position] == root.index)
+            used[at.find(sweep.roots[i].position, sweep.roots[i].index)] = True
     return used
 
 
@@ -184,7 +189,7 @@ class _Assembly:
         self.logit_table = root_table(logits, replacement)
 
     def site(self, group: Group) -> Site:
-        return (self.replacement.attn if group.site == "attn" else self.replacement.mlp)[group.layer]
+        return self.replacement.site(group.layer, group.site)
 
     def numbers(self, i: int) -> Int[torch.Tensor, " n"]:
         """The node numbers of group `i`."""
@@ -193,22 +198,23 @@ class _Assembly:
     def features(self, group: Group) -> tuple[torch.Tensor, torch.Tensor]:
         """(index, value) of a group of features."""
         site = self.site(group)
-        return site.index[group.position, group.slot], site.value[group.position, group.slot]
+        return site.index[group.active], site.value[group.active]
 
     # Edges
 
-    def edges(self) -> tuple[DirectEdges, OVEdges, dict[int, float]]:
+    def edges(self) -> tuple[DirectEdges, OVEdges, Float[np.ndarray, " node"]]:
         """DIRECT and OV edges, and per target the part of its pre-activation that no stored edge carries."""
         sources = self._sources()
         targets, attention = self._reading_targets(), self._attention_targets()
         direct = direct_edges(sources, targets)
         ov = _concatenate([ov_edges(sources, at, self.replacement) for at in attention])
-        stored = np.bincount(direct.target, direct.weight, self.first[-1] + len(self.logits))
-        stored += np.bincount(ov.target, ov.weight, len(stored))
-        incoming = dict(zip(targets.node.tolist(), incoming_direct(targets, self._streams()).tolist(), strict=True))
+        unstored = np.zeros(self.first[-1] + len(self.logits))
+        unstored[targets.node] = incoming_direct(targets, self._streams())
         for at in attention:
-            incoming.update(zip(at.node.tolist(), incoming_ov(at, self.replacement).tolist(), strict=True))
-        return direct, ov, {node: total - float(stored[node]) for node, total in incoming.items()}
+            unstored[at.node] = incoming_ov(at, self.replacement).sum((1, 2))
+        unstored -= np.bincount(direct.target, direct.weight, len(unstored))
+        unstored -= np.bincount(ov.target, ov.weight, len(unstored))
+        return direct, ov, unstored
 
     def _sources(self) -> Sources:
         groups = self.groups
@@ -233,7 +239,7 @@ class _Assembly:
         if group.kind is Kind.ERROR:
             written = site.error[group.position]
         else:
-            written = site.decoder[group.position, group.slot] * site.value[group.position, group.slot, None]
+            written = site.dictionary.W_dec[site.index[group.active]] * site.value[group.active, None]
         return written if group.site == "mlp" else self.replacement.to_residual(group.layer, written)
 
     def _mlp_groups(self) -> list[tuple[int, Group]]:
@@ -278,19 +284,19 @@ class _Assembly:
 
     # Nodes
 
-    def nodes(self, unstored: dict[int, float]) -> tuple[NodeRecord, ...]:
+    def nodes(self, unstored: Float[np.ndarray, " node"]) -> tuple[NodeRecord, ...]:
         """All nodes in the order of their numbers."""
         nodes: list[NodeRecord] = []
         for group in self.groups:
             position = group.position.tolist()
             if group.kind in (Kind.MLP, Kind.ATTN):
-                nodes += self._feature_nodes(group, position, len(nodes), unstored)
+                nodes += self._feature_nodes(group, position, unstored[len(nodes) :])
             else:
                 nodes += self._leaf_nodes(group, position)
-        return (*nodes, *(self._logit_node(i, len(nodes) + i, unstored) for i in range(len(self.logits))))
+        return (*nodes, *(self._logit_node(i, unstored[len(nodes) + i]) for i in range(len(self.logits))))
 
     def _feature_nodes(
-        self, group: Group, positions: list[int], first: int, unstored: dict[int, float]
+        self, group: Group, positions: list[int], unstored: Float[np.ndarray, " node"]
     ) -> list[NodeRecord]:
         layer, site = group.layer, group.site
         index, value = self.features(group)
@@ -309,9 +315,11 @@ class _Assembly:
                 value=a,
                 pre_activation=a,
                 constant=c,
-                unstored=unstored[first + n],
+                unstored=rest,
             )
-            for n, (t, j, a, c) in enumerate(zip(positions, index.tolist(), value.tolist(), constant, strict=True))
+            for t, j, a, c, rest in zip(
+                positions, index.tolist(), value.tolist(), constant, unstored[: len(positions)].tolist(), strict=True
+            )
         ]
 
     def _leaf_nodes(self, group: Group, positions: list[int]) -> list[NodeRecord]:
@@ -348,7 +356,7 @@ class _Assembly:
             for t, norm in zip(positions, norms, strict=True)
         ]
 
-    def _logit_node(self, i: int, node: int, unstored: dict[int, float]) -> NodeRecord:
+    def _logit_node(self, i: int, unstored: float) -> NodeRecord:
         root, value = self.logits[i], float(self.logit_table.value[i])
         token = self.model.token_text(root.index)
         versus = None if root.versus is None else self.model.token_text(root.versus)
@@ -361,7 +369,7 @@ class _Assembly:
             name=f'logit "{token}"{"" if versus is None else f" - {versus!r}"} {self.at(root.position)}',
             pre_activation=value,
             constant=float(self.logit_table.constant[i]),
-            unstored=unstored[node],
+            unstored=float(unstored),
             token=token,
             versus=versus,
             logit=value,
@@ -385,19 +393,15 @@ class _Assembly:
 
     def _membership(self, sweep: Sweep) -> tuple[torch.Tensor, torch.Tensor]:
         """(attribution, membership) of every node but the roots themselves, [root, node] each."""
-        leaves = _leaves(sweep.attribution)
-        attributions: list[torch.Tensor] = []
-        members: list[torch.Tensor] = []
+        found: list[tuple[torch.Tensor, torch.Tensor]] = []
         for group in self.groups:
             if group.kind in (Kind.MLP, Kind.ATTN):
-                sites = sweep.attribution.mlp if group.kind is Kind.MLP else sweep.attribution.attn
-                attributions.append(sites[group.layer].feature[:, group.position, group.slot])
-                members.append(sites[group.layer].kept[:, group.position, group.slot])
+                at = sweep.attribution.site(group.layer, group.site)
+                found.append((at.feature[:, group.active], at.kept[:, group.active]))
             else:
-                attr = leaves[group.kind, group.layer, group.site]
-                attributions.append(attr[:, group.position])
-                members.append(sweep.keep(attr, sweep.table.value)[:, group.position])
-        return torch.cat(attributions, 1), torch.cat(members, 1)
+                attr, member = sweep.leaves[group.kind, group.layer, group.site]
+                found.append((attr[:, group.position], member[:, group.position]))
+        return torch.cat([attr for attr, _ in found], 1), torch.cat([member for _, member in found], 1)
 
     def _circuit(
         self, sweep: Sweep, r: int, attr: torch.Tensor, member: torch.Tensor, ends: np.ndarray
@@ -453,13 +457,10 @@ def _concatenate(parts: Sequence[OVEdges]) -> OVEdges:
 
 def _firings(site: Site) -> list[FiringRecord]:
     """Every feature of a site that is active after BOS, with its positions and values."""
-    position, slot = site.active.nonzero(as_tuple=True)
-    position, slot = position[position > 0], slot[position > 0]
-    index = site.index[position, slot]
-    order = index.argsort(stable=True)
-    features, counts = index[order].unique_consecutive(return_counts=True)
-    positions = tuple(position[order].tolist())
-    values = tuple(site.value[position, slot][order].tolist())
+    after = slice(site.counts[0], None)
+    index, order = site.index[after].sort(stable=True)
+    features, counts = index.unique_consecutive(return_counts=True)
+    positions, values = tuple(site.position[after][order].tolist()), tuple(site.value[after][order].tolist())
     stops = counts.cumsum(0).tolist()
     dictionary = site.dictionary.record.id
     return [

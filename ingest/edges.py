@@ -9,8 +9,9 @@ and for an attention feature v at t, through head h from position s,
     OV_h(u -> v) = A[l,h,t,s] (a_u w_u) . P W_V[h] enc_v[h] / sigma_pre[l,s]
 
 Every source below the target is multiplied at once; an edge is stored where it carries at least
-`SHARE` of the target's pre-activation. `incoming` is what reaches a target from all upstream nodes,
-stored or not, so that pre_activation = constant + stored edges + unstored can be checked.
+`SHARE` of the target's pre-activation. What reaches a target from all upstream nodes, stored or not,
+is read off the residual stream itself, so that pre_activation = constant + stored edges + unstored can
+be checked.
 """
 
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from atlas.records import DirectEdges, OVEdges
 from ingest.replacement import ReplacementModel, centre
 
 SHARE = 0.02
+BLOCK = 8  # positions whose direct edges are computed at once
 
 
 @dataclass(frozen=True)
@@ -63,53 +65,58 @@ def depth_of(layer: int, site: str) -> int:
 
 
 def direct_edges(sources: Sources, targets: Targets) -> DirectEdges:
-    """The DIRECT edges that are strong enough to store."""
-    weight = targets.read @ sources.write.T
-    upstream = (sources.position == targets.position[:, None]) & (sources.depth < targets.depth[:, None])
-    strong = upstream & (weight.abs() >= SHARE * targets.value.abs()[:, None])
-    target, source = strong.nonzero(as_tuple=True)
-    return DirectEdges(
-        source=sources.node[source].numpy(),
-        target=targets.node[target].numpy(),
-        weight=weight[target, source].double().numpy(),
-    )
+    """The DIRECT edges that are strong enough to store; a few positions at a time, as edges stay at theirs."""
+    parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    source_block, target_block = sources.position // BLOCK, targets.position // BLOCK
+    for block in target_block.unique():
+        s, t = (source_block == block).nonzero()[:, 0], (target_block == block).nonzero()[:, 0]
+        weight = targets.read[t] @ sources.write[s].T
+        upstream = (sources.position[s] == targets.position[t, None]) & (sources.depth[s] < targets.depth[t, None])
+        strong = upstream & (weight.abs() >= SHARE * targets.value[t].abs()[:, None])
+        target, source = strong.nonzero(as_tuple=True)
+        parts.append((sources.node[s[source]], targets.node[t[target]], weight[target, source].double()))
+    return DirectEdges(*(torch.cat(column).numpy() for column in zip(*parts, strict=True)))
 
 
 def ov_edges(sources: Sources, targets: AttentionTargets, model: ReplacementModel) -> OVEdges:
     """The OV edges into the attention features of one layer that are strong enough to store, per head."""
-    layer, trace = targets.layer, model.trace
-    below = sources.depth < depth_of(layer, "attn")
-    node, position, write = sources.node[below], sources.position[below], sources.write[below]
-    read = residual_reads(targets, model)
-    weight = torch.einsum("nhd,ud->nhu", read, write / trace.sigma_pre[layer][position, None])
-    pattern = trace.pattern[layer][:, targets.position][:, :, position].transpose(0, 1)
-    weight = weight * pattern
-    reached = position <= targets.position[:, None, None]
-    strong = reached & (weight.abs() >= SHARE * targets.value.abs()[:, None, None]) & (weight != 0)
-    target, head, source = strong.nonzero(as_tuple=True)
+    layer, pattern = targets.layer, model.trace.pattern[targets.layer]
+    below = (sources.depth < depth_of(layer, "attn")).nonzero()[:, 0]
+    position = sources.position[below]
+    value = head_values(sources.write[below] / model.trace.sigma_pre[layer][position, None], model.weights.W_V[layer])
+    unweighted = torch.einsum("nhe,uhe->hnu", targets.z_read, value)
+    least = SHARE * targets.value.abs()
+    # A pattern is at most 1, so only these can be strong enough.
+    head, target, source = (unweighted.abs() >= least[:, None]).nonzero(as_tuple=True)
+    attention = pattern[head, targets.position[target], position[source]]
+    weight = unweighted[head, target, source] * attention
+    strong = (weight.abs() >= least[target]) & (weight != 0)
     return OVEdges(
-        source=node[source].numpy(),
-        target=targets.node[target].numpy(),
-        layer=np.full(len(target), layer, dtype=np.int64),
-        head=head.numpy(),
-        weight=weight[target, head, source].double().numpy(),
-        pattern=pattern[target, head, source].double().numpy(),
+        source=sources.node[below[source[strong]]].numpy(),
+        target=targets.node[target[strong]].numpy(),
+        layer=np.full(int(strong.sum()), layer, dtype=np.int64),
+        head=head[strong].numpy(),
+        weight=weight[strong].double().numpy(),
+        pattern=attention[strong].double().numpy(),
     )
 
 
-def residual_reads(targets: AttentionTargets, model: ReplacementModel) -> Float[torch.Tensor, "target head d_model"]:
-    """P W_V[h] enc_v[h]: how attention features read the normalised residual stream through each head."""
-    return centre(torch.einsum("hde,nhe->nhd", model.weights.W_V[targets.layer], targets.z_read))
+def head_values(
+    resid: Float[torch.Tensor, "n d_model"], W_V: Float[torch.Tensor, "head d_model d_head"]
+) -> Float[torch.Tensor, "n head d_head"]:
+    """P x W_V[h]: what each head takes from (scaled) residual vectors."""
+    return (centre(resid) @ W_V.transpose(0, 1).flatten(1)).unflatten(1, (W_V.shape[0], W_V.shape[2]))
 
 
 def incoming_direct(targets: Targets, resid: Float[torch.Tensor, "target d_model"]) -> Float[torch.Tensor, " target"]:
-    """All that reaches reading targets, given the residual stream where each of them reads it."""
+    """All that reaches reading targets, given the residual stream where each of them reads it; in float64."""
     return (targets.read.double() * resid.double()).sum(1)
 
 
-def incoming_ov(targets: AttentionTargets, model: ReplacementModel) -> Float[torch.Tensor, " target"]:
-    """All that reaches attention features through all heads from all positions."""
+def incoming_ov(targets: AttentionTargets, model: ReplacementModel) -> Float[torch.Tensor, "target head key"]:
+    """All that reaches attention features, by head and position; in float64."""
     layer, trace = targets.layer, model.trace
     stream = (trace.resid_pre[layer] / trace.sigma_pre[layer][:, None]).double()
-    moved = torch.einsum("nhd,sd->nhs", residual_reads(targets, model).double(), stream)
-    return (moved * trace.pattern[layer][:, targets.position].transpose(0, 1).double()).sum((1, 2))
+    value = head_values(stream, model.weights.W_V[layer].double())
+    moved = torch.einsum("nhe,she->nhs", targets.z_read.double(), value)
+    return moved * trace.pattern[layer][:, targets.position].transpose(0, 1)

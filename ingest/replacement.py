@@ -1,8 +1,8 @@
 """The local replacement model of one prompt (METHOD 1 and 2): active features, errors and biases.
 
 Encoding a trace gives, for every site, the features that fire and what the dictionary leaves over.
-Features of a site are kept as a padded table [pos, slot], so that the sweep's products are batched
-matrix products over positions; padded slots have value 0 and `active` False.
+The features of a site are one list, position after position, so that nothing is computed for those
+that are silent; `counts` says where each position's part ends.
 
     z[l,t]       = sum_i a_i dec_i + b_dec + err          (attention SAE; W_O maps z to the residual stream)
     mlp_out[l,t] = sum_j a_j dec_j + b_dec + err          (transcoder)
@@ -13,7 +13,8 @@ With errors kept as nodes the replacement model equals the real one on its promp
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
+from torch.nn import functional
 
 from ingest.dictionaries import Dictionary
 from ingest.model import Weights
@@ -24,18 +25,23 @@ from ingest.trace import Trace
 class Site:
     """One site of one layer on one prompt.
 
-    `index`, `value` (= pre-activation) and `active` describe the features that fire; `decoder` holds
-    their decoder rows. `error` and `bias` are in the space the dictionary writes: z (heads
-    concatenated) for an SAE on hook_z, the residual stream otherwise.
+    `position` (ascending), `index` (ascending within a position) and `value` (= pre-activation) list the
+    features that fire, `counts` [pos] how many at each position. `error` and `bias` are in the space the
+    dictionary writes: z (heads concatenated) for an SAE on hook_z, the residual stream otherwise.
     """
 
     dictionary: Dictionary
-    index: Int[torch.Tensor, "pos slot"]
-    value: Float[torch.Tensor, "pos slot"]
-    active: Bool[torch.Tensor, "pos slot"]
-    decoder: Float[torch.Tensor, "pos slot d_out"]
+    position: Int[torch.Tensor, " active"]
+    index: Int[torch.Tensor, " active"]
+    value: Float[torch.Tensor, " active"]
+    counts: tuple[int, ...]
     error: Float[torch.Tensor, "pos d_out"]
     bias: Float[torch.Tensor, " d_out"]
+
+    def find(self, position: int, index: int) -> int | None:
+        """The place of a feature in the list, or None where it is silent."""
+        found = ((self.position == position) & (self.index == index)).nonzero()
+        return int(found) if len(found) else None
 
     @property
     def on_z(self) -> bool:
@@ -56,6 +62,10 @@ class ReplacementModel:
     def n_layers(self) -> int:
         return len(self.mlp)
 
+    def site(self, layer: int, name: str) -> Site:
+        """The site `attn` or `mlp` of a layer."""
+        return (self.attn if name == "attn" else self.mlp)[layer]
+
     def W_O(self, layer: int) -> Float[torch.Tensor, "z d_model"]:
         """W_O of a layer with its heads concatenated."""
         return self.weights.W_O[layer].flatten(0, 1)
@@ -70,11 +80,13 @@ class ReplacementModel:
         written = self.to_residual(layer, site.bias)
         return written + self.weights.b_O[layer] if site.on_z else written
 
+    def to_z(self, layer: int, read: Float[torch.Tensor, "*n d_in"]) -> Float[torch.Tensor, "*n z"]:
+        """A read of the attention site of `layer` as a read of z: through W_O for an SAE on attn_out."""
+        return read if self.attn[layer].on_z else read @ self.W_O(layer).T
+
     def z_read(self, layer: int, index: Int[torch.Tensor, " n"]) -> Float[torch.Tensor, "n head d_head"]:
-        """How attention features read z: enc_i per head (METHOD 2), through W_O for an SAE on attn_out."""
-        rows = self.attn[layer].dictionary.encoder(index)
-        rows = rows if self.attn[layer].on_z else rows @ self.W_O(layer).T
-        return rows.unflatten(1, self.weights.W_O.shape[1:3])
+        """How attention features read z: enc_i per head (METHOD 2)."""
+        return self.to_z(layer, self.attn[layer].dictionary.encoder(index)).unflatten(1, self.weights.W_O.shape[1:3])
 
     def constants(self, layer: int, site: str, index: Int[torch.Tensor, " n"]) -> Float[torch.Tensor, " n"]:
         """The part of features' pre-activations that no node sends: encoder biases, and b_V (b_O) where unfolded."""
@@ -110,18 +122,14 @@ def replacement_model(trace: Trace, weights: Weights, dictionaries: list[Diction
     return ReplacementModel(trace, weights, tuple(attn[i] for i in layers), tuple(mlp[i] for i in layers))
 
 
-def _encode(dictionary: Dictionary, x: torch.Tensor, target: torch.Tensor) -> Site:
+def _encode(dictionary: Dictionary, x: Float[torch.Tensor, "pos d_in"], target: torch.Tensor) -> Site:
     p = dictionary.pre_activations(x)
     fires = dictionary.active(p)
-    position, feature = fires.nonzero(as_tuple=True)
+    position, index = fires.nonzero(as_tuple=True)
     counts = fires.sum(1)
-    n_slots = int(counts.max()) if len(position) else 0
-    slot = torch.arange(len(position)) - (counts.cumsum(0) - counts)[position]
-    index = torch.zeros(len(x), n_slots, dtype=torch.long)
-    value = torch.zeros(len(x), n_slots, dtype=x.dtype)
-    index[position, slot] = feature
-    value[position, slot] = p[position, feature]
-    decoder = dictionary.W_dec[index]
-    reconstruction = torch.bmm(value[:, None], decoder)[:, 0] + dictionary.b_dec
-    active = torch.arange(n_slots) < counts[:, None]
-    return Site(dictionary, index, value, active, decoder, target - reconstruction, dictionary.b_dec)
+    value = p[position, index]
+    reconstruction = functional.embedding_bag(
+        index, dictionary.W_dec, counts.cumsum(0) - counts, mode="sum", per_sample_weights=value
+    )
+    error = target - reconstruction - dictionary.b_dec
+    return Site(dictionary, position, index, value, tuple(counts.tolist()), error, dictionary.b_dec)

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from atlas.errors import AtlasError
 from ingest.attribution import Roots
@@ -144,32 +144,34 @@ def _logits(model: ReplacementModel, position: int) -> list[Root]:
     return [Root("logit", model.n_layers, position, token) for token in tokens]
 
 
-def _strength(model: ReplacementModel, layer: int) -> Float[torch.Tensor, "pos slot"]:
-    """Activation times decoder norm, zero on BOS."""
+def _strength(model: ReplacementModel, layer: int) -> Float[torch.Tensor, " active"]:
+    """Activation times decoder norm of a layer's MLP features, zero on BOS."""
     site = model.mlp[layer]
-    strength = site.value * site.decoder.norm(dim=-1)
-    strength[0] = 0
-    return strength
+    return site.value * site.dictionary.W_dec[site.index].norm(dim=1) * (site.position > 0)
 
 
 def _features(model: ReplacementModel) -> list[Root]:
     layer = middle_layer(model.n_layers)
     site = model.mlp[layer]
-    strength = _strength(model, layer)
-    ordered, order = strength.flatten().sort(descending=True, stable=True)
+    ordered, order = _strength(model, layer).sort(descending=True, stable=True)
     order = order[ordered > 0][:N_CANDIDATES]
-    position, slot = order // strength.shape[1], order % strength.shape[1]
-    share = _moved_share(model, layer, site.index[position, slot], position, site.value[position, slot])
+    share = _moved_share(model, layer, site.index[order], site.position[order], site.value[order])
     moved = N_STRONGEST + share[N_STRONGEST:].argsort(descending=True, stable=True)[:N_STRONGEST]
-    chosen = [*range(min(N_STRONGEST, len(order))), *moved.tolist()]
-    return [Root("mlp", layer, int(position[i]), int(site.index[position[i], slot[i]])) for i in chosen]
+    chosen = order[[*range(min(N_STRONGEST, len(order))), *moved.tolist()]]
+    return _mlp_roots(model, layer, chosen)
 
 
 def _strongest_at(model: ReplacementModel, position: int) -> list[Root]:
     layer = middle_layer(model.n_layers)
-    row = _strength(model, layer)[position]
-    slots = row.topk(min(N_STRONGEST, len(row))).indices
-    return [Root("mlp", layer, position, int(model.mlp[layer].index[position, i])) for i in slots if row[i] > 0]
+    here = (model.mlp[layer].position == position).nonzero()[:, 0]
+    strongest = _strength(model, layer)[here].topk(min(N_STRONGEST, len(here))).indices
+    return _mlp_roots(model, layer, here[strongest])
+
+
+def _mlp_roots(model: ReplacementModel, layer: int, chosen: Int[torch.Tensor, " n"]) -> list[Root]:
+    site = model.mlp[layer]
+    at = zip(site.position[chosen].tolist(), site.index[chosen].tolist(), strict=True)
+    return [Root("mlp", layer, position, index) for position, index in at]
 
 
 def _moved_share(
@@ -194,16 +196,22 @@ def _moved_share(
 
 def _named_feature(request: RootRequest, model: ReplacementModel) -> list[Root]:
     site = (model.mlp if request.kind == "mlp" else model.attn)[request.layer]
-    value = (site.value * (site.active & (site.index == request.index))).sum(1)
-    value[0] = 0
-    position = int(value.argmax()) if request.position is None else request.position
-    if value[position] <= 0:
+    here = (site.index == request.index) & (site.position > 0)
+    if request.position is not None:
+        here &= site.position == request.position
+    if not here.any():
         return []
-    return [Root(request.kind, request.layer, position, request.index)]
+    strongest = int((site.value * here).argmax())
+    return [Root(request.kind, request.layer, int(site.position[strongest]), request.index)]
+
+
+def from_the_top(roots: Iterable[Root]) -> list[Root]:
+    """Roots in the order in which the sweep begins them: logits first, then MLP before attention layer by layer."""
+    return sorted(roots, key=lambda root: (-root.layer, root.site == "attn"))
 
 
 def root_table(roots: list[Root], model: ReplacementModel) -> Roots:
-    """Reads, values and constants of roots, ready for the sweep (METHOD 2)."""
+    """Reads, values and constants of roots, in their order (METHOD 2)."""
     trace, weights = model.trace, model.weights
     read = torch.zeros(len(roots), trace.embed.shape[1], dtype=trace.embed.dtype)
     value, constant = read.new_zeros(len(roots)), read.new_zeros(len(roots))
@@ -217,12 +225,12 @@ def root_table(roots: list[Root], model: ReplacementModel) -> Roots:
             continue
         site = (model.mlp if root.site == "mlp" else model.attn)[root.layer]
         index = torch.tensor([root.index])
-        value[i] = site.value[root.position][site.active[root.position] & (site.index[root.position] == root.index)][0]
+        value[i] = site.value[site.find(root.position, root.index)]
         constant[i] = model.constants(root.layer, root.site, index)[0]
         if root.site == "mlp":
             read[i] = centre(site.dictionary.encoder(index)[0]) / trace.sigma_mid[root.layer, root.position]
     return Roots(
-        layer=torch.tensor([root.layer for root in roots], dtype=torch.long),
+        layer=tuple(root.layer for root in roots),
         site=tuple(root.site for root in roots),
         position=torch.tensor([root.position for root in roots], dtype=torch.long),
         index=torch.tensor([root.index for root in roots], dtype=torch.long),

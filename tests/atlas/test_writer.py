@@ -90,7 +90,7 @@ def _edge_to(record: PromptRecord, weight: float) -> PromptRecord:
         lambda record: replace(record, firings=(*record.firings, record.firings[0])),
         lambda record: _edge_to(_edge_to(record, 1.0), 2.0),
         lambda record: replace(record, replacement_model="nobody's"),
-        lambda record: replace(record, firings=(replace(record.firings[0], dictionary="nobody's"),)),
+        lambda record: replace(record, firings=(record.firings[0]._replace(dictionary="nobody's"),)),
         lambda record: _edge_to(record, float("nan")),
         lambda record: replace(record, circuits=(replace(record.circuits[0], completeness=float("inf")),)),
     ],

@@ -14,7 +14,7 @@ import torch
 from ingest.attribution import RULES, attribute
 from ingest.circuits import CircuitRequest, prompt_record
 from ingest.prompts import Prompt
-from ingest.roots import Root, parse_root, root_table
+from ingest.roots import Root, from_the_top, parse_root, root_table
 from ingest.setup import set_up
 from tests.ingest.models import write_random
 
@@ -112,10 +112,9 @@ class Frozen:
 
 
 def dense(site, table):
-    """A [pos, slot] table of a site as [pos, d_sae]."""
-    out = torch.zeros(len(table), site.dictionary.record.d_sae, dtype=torch.float64)
-    position, slot = site.active.nonzero(as_tuple=True)
-    out[position, site.index[position, slot]] = table[position, slot].to(out.dtype)
+    """Numbers of a site's active features as [pos, d_sae]."""
+    out = torch.zeros(len(site.counts), site.dictionary.record.d_sae, dtype=torch.float64)
+    out[site.position, site.index] = table.to(out.dtype)
     return out
 
 
@@ -160,9 +159,9 @@ def some_roots(replacement):
     roots = [Root("logit", n_layers, last, 7), Root("logit", n_layers, last - 1, 30, versus=11)]
     for layer in range(n_layers):
         for site, name in ((replacement.attn[layer], "attn"), (replacement.mlp[layer], "mlp")):
-            slot = int(site.value[last].argmax())
-            roots.append(Root(name, layer, last, int(site.index[last, slot])))
-    return roots
+            strongest = int((site.value * (site.position == last)).argmax())
+            roots.append(Root(name, layer, last, int(site.index[strongest])))
+    return from_the_top(roots)
 
 
 @pytest.fixture(scope="module", params=KINDS, ids=lambda kinds: "-".join(kinds))

@@ -105,7 +105,8 @@ def test_nothing_fires_or_is_rooted_on_bos(store, setup):
 @pytest.mark.parametrize("spec", ["logits", "features", "@2", "2/mlp/{feature}", "2/mlp/{feature}@2", " is", " is-The"])
 def test_every_kind_of_root(embedded_store, setup, spec):
     replacement = setup.replace(setup.model.tokens(TEXTS[0]))
-    feature = int(replacement.mlp[2].index[2, replacement.mlp[2].value[2].argmax()])
+    site = replacement.mlp[2]
+    feature = int(site.index[(site.value * (site.position == 2)).argmax()])
     spec = spec.format(feature=feature)
     summary, _, _ = ingest(embedded_store, setup, TEXTS[:1], [spec])
     expected = {"logits": 3, "features": 8, "@2": 7}.get(spec, 1)
@@ -150,7 +151,7 @@ def test_a_feature_that_is_not_active_is_said_and_not_stored(embedded_store, set
 
 def fires(setup, feature):
     site = setup.replace(setup.model.tokens(TEXTS[0])).mlp[2]
-    return bool((site.active[1:] & (site.index[1:] == feature)).any())
+    return bool(((site.index == feature) & (site.position > 0)).any())
 
 
 def test_kill_and_resume_equals_an_undisturbed_run(tmp_path, directory, setup):

@@ -88,7 +88,6 @@ def test_encoding_is_saelens_own(mini):
             sae = SAE.load_from_disk(MINI / "dictionaries" / f"{layer}.{name}", dtype="float32")
             want = sae.encode(x).detach()
             found = torch.zeros_like(want)
-            position, slot = site.active.nonzero(as_tuple=True)
-            found[position, site.index[position, slot]] = site.value[position, slot]
+            found[site.position, site.index] = site.value
             torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
             assert np.count_nonzero(want[1:]) > 0
