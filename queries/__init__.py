@@ -3,9 +3,22 @@
     with atlas.connect() as store:
         queries.upstream(store, feature="mini/2/mlp/812", hops=3)
 
-One function per question, with the name of its .cypher file in this folder.
+One function per question, with the name of its .cypher file in this folder. `batches` streams any of them,
+and a `Circuit` is the DataFrame of one circuit, which turns into a graph.
 """
 
-from queries.questions import circuit, circuits, edges_between, prompts_of, shared_features, upstream
+from queries.ask import batches
+from queries.graph import Circuit
+from queries.questions import circuit, circuit_nodes, circuits, edges_between, prompts_of, shared_features, upstream
 
-__all__ = ["circuit", "circuits", "edges_between", "prompts_of", "shared_features", "upstream"]
+__all__ = [
+    "Circuit",
+    "batches",
+    "circuit",
+    "circuit_nodes",
+    "circuits",
+    "edges_between",
+    "prompts_of",
+    "shared_features",
+    "upstream",
+]

@@ -2,11 +2,14 @@
 
 A question that finds nothing about a thing that the store does not know is a mistake of the asker, and
 is told so with the nearest ids; a store that holds no such thing at all answers with an empty table.
+Everything goes through `Store.read`, which cannot change the store.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import pandas as pd
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from atlas import Store
 from atlas.errors import AtlasError
@@ -38,6 +41,41 @@ def ask(store: Store, name: str, given: Mapping[str, object]) -> pd.DataFrame:
     if frame.empty:
         _refuse_unknown(store, asked, parameters)
     return frame
+
+
+def batches(
+    store: Store, name: str, /, *, size: int = 10_000, progress: bool = False, **given: object
+) -> Iterator[pd.DataFrame]:
+    """The answer to the question `name` in frames of at most `size` rows, each read when it is asked for.
+
+        for frame in queries.batches(store, "edges_between", a=a, b=b):
+
+    Together they are what the question's function returns, and there is always one, empty if need be;
+    only `limit` is without bound unless it is given. `progress` counts the rows on the terminal or in the
+    notebook. Raises AtlasError as `ask` does, for wrong parameters before anything is read.
+    """
+    if size < 1:
+        raise AtlasError(f"size takes a number of rows, 1 or more, not {size!r}.")
+    asked = question(name)
+    unbounded = {p.name: int(p.most) for p in asked.parameters if p.name == "limit"}
+    parameters = asked.check({**unbounded, **given})
+    return _batches(store, asked, parameters, size, progress)
+
+
+def _batches(
+    store: Store, asked: Question, parameters: Mapping[str, Value], size: int, progress: bool
+) -> Iterator[pd.DataFrame]:
+    columns = SpinnerColumn(), TextColumn("{task.description}: {task.completed:,.0f} rows"), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), disable=not progress) as shown:
+        task = shown.add_task(asked.name, total=None)
+        empty = True
+        for frame in store.read_batches(asked.cypher, size=size, **parameters):
+            empty = False
+            shown.advance(task, len(frame))
+            yield typed(frame, asked)
+        if empty:
+            _refuse_unknown(store, asked, parameters)
+            yield typed(pd.DataFrame(columns=[column.name for column in asked.columns]), asked)
 
 
 def typed(frame: pd.DataFrame, asked: Question) -> pd.DataFrame:

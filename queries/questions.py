@@ -10,6 +10,7 @@ import pandas as pd
 from atlas import Store
 from atlas.errors import AtlasError
 from queries.ask import ask
+from queries.graph import Circuit
 
 
 def circuits(
@@ -26,9 +27,19 @@ def circuits(
     return ask(store, "circuits", given)
 
 
-def circuit(store: Store, circuit: str) -> pd.DataFrame:
-    """The edges between a circuit's nodes, with both ends and their attributions; one row each."""
-    return ask(store, "circuit", {"circuit": circuit})
+def circuit(store: Store, circuit: str) -> Circuit:
+    """The edges between a circuit's nodes, with both ends and their attributions; one row each.
+
+    It has its nodes, as `circuit_nodes` returns them, in `.nodes`, and `.to_networkx()`.
+    """
+    edges = Circuit(ask(store, "circuit", {"circuit": circuit}))
+    edges.nodes = circuit_nodes(store, circuit)
+    return edges
+
+
+def circuit_nodes(store: Store, circuit: str) -> pd.DataFrame:
+    """The nodes of a circuit with what each gives to its root, the largest of either sign first."""
+    return ask(store, "circuit_nodes", {"circuit": circuit})
 
 
 def upstream(

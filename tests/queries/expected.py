@@ -30,7 +30,7 @@ def tables(prompts: list[PromptRecord]) -> Tables:
             site, label = n.site, LABELS.get(feature) if feature else None
             row = {"id": n.id, "name": n.name, "kind": str(n.kind), "layer": n.layer, "position": n.position}
             row |= {"feature": feature, "label": label, "site": site, "pre": n.pre_activation, "index": n.index}
-            nodes.append(row | {"token": p.token_texts[n.position], "prompt": p.id, "task": p.task})
+            nodes.append(row | {"value": n.value, "token": p.token_texts[n.position], "prompt": p.id, "task": p.task})
         for s, t, w in zip(p.direct.source, p.direct.target, p.direct.weight, strict=True):
             edges.append({"source": ids[s], "target": ids[t], "via": "DIRECT", "weight": w})
         o = p.ov
@@ -75,6 +75,11 @@ def circuit(t: Tables, circuit: str) -> pd.DataFrame:
     edges = ends(t)
     edges = edges[edges["source"].isin(given.index) & edges["target"].isin(given.index)]
     return edges.assign(source_attribution=edges["source"].map(given), target_attribution=edges["target"].map(given))
+
+
+def circuit_nodes(t: Tables, circuit: str) -> pd.DataFrame:
+    found = t.members[t.members["circuit"] == circuit].merge(t.nodes, left_on="node", right_on="id", validate="1:1")
+    return found.rename(columns={"pre": "pre_activation", "is_root": "root"})
 
 
 def upstream(t: Tables, feature=None, node=None, hops=2, min_share=0.05, via=None) -> pd.DataFrame:

@@ -62,6 +62,13 @@ def test_circuit(filled: Filled) -> None:
         assert answer["target_layer"].is_monotonic_decreasing
 
 
+def test_circuit_nodes(filled: Filled) -> None:
+    for name in filled.tables.circuits["circuit"]:
+        answer = queries.circuit_nodes(filled.store, name)
+        assert_answer(answer, "circuit_nodes", expected.circuit_nodes(filled.tables, name), ["node"])
+        assert_falls(answer["attribution"].abs())
+
+
 def test_upstream(filled: Filled) -> None:
     store, t = filled.store, filled.tables
     feature = t.nodes.loc[t.nodes["layer"] == 1].groupby("feature")["prompt"].nunique().idxmax()
@@ -121,6 +128,7 @@ def test_shared_features(filled: Filled) -> None:
 
 GIVEN = {
     "circuit": {"circuit": "a"},
+    "circuit_nodes": {"circuit": "a"},
     "circuits": {},
     "edges_between": {"a": "a", "b": "b"},
     "prompts_of": {"feature": "a"},
@@ -130,7 +138,7 @@ GIVEN = {
 
 
 def test_an_empty_store_answers_with_typed_empty_tables(store: Store) -> None:
-    dtypes = {"string": "string", "integer": "Int64", "float": "float64", "list": "object"}
+    dtypes = {"string": "string", "integer": "Int64", "float": "float64", "boolean": "boolean", "list": "object"}
     assert set(GIVEN) == set(questions())
     for name, given in GIVEN.items():
         answer = getattr(queries, name)(store, **given)
@@ -191,6 +199,7 @@ def test_each_file_runs_as_pasted_into_browser(filled_neo4j: Filled) -> None:
     a, b = pairs.loc[fires, ["source_feature", "target_feature"]].iloc[0]
     real = {
         "circuit": {"circuit": circuit},
+        "circuit_nodes": {"circuit": circuit},
         "circuits": {"task": "stones"},
         "edges_between": {"a": a, "b": b},
         "prompts_of": {"feature": a},
@@ -207,4 +216,4 @@ def test_each_file_runs_as_pasted_into_browser(filled_neo4j: Filled) -> None:
         assert list(pasted.columns) == [column.name for column in asked.columns]
         answer = getattr(queries, name)(store, **(checked | real[name]))
         assert len(answer) > 0
-        pd.testing.assert_frame_equal(typed(pasted, asked), answer)
+        pd.testing.assert_frame_equal(answer, typed(pasted, asked))

@@ -58,7 +58,7 @@ def test_the_examples_are_accepted(each: Question) -> None:
 
 
 def test_every_function_is_a_question() -> None:
-    assert set(queries.__all__) == set(questions())
+    assert set(queries.__all__) - {"Circuit", "batches"} == set(questions())
 
 
 def test_defaults_fill_in_and_numbers_of_numpy_count() -> None:
