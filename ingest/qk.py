@@ -27,9 +27,8 @@ How to call it, once per prompt:
     scores, qk = score_records(parts, number)            # number [node]: their places in PromptRecord.nodes
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 
@@ -38,7 +37,7 @@ from ingest.replacement import ReplacementModel, centre
 
 STRONGEST = 12
 LIFTED = 4
-PAIRS_AT_ONCE = 1 << 20
+PAIRS_AT_ONCE = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class ScoreParts:
 
 @dataclass(frozen=True)
 class _Pairs:
-    """The stored pairs of some scores of one head; `query` and `key` are slots, 0 for the bias."""
+    """The stored pairs of some scores; `query` and `key` are slots, 0 for the bias."""
 
     of: Int[torch.Tensor, " pair"]
     query: Int[torch.Tensor, " pair"]
@@ -107,23 +106,23 @@ def score_nodes(model: ReplacementModel, n_layers: int) -> ScoreNodes:
     at, places, writes = [positions, positions], [positions, positions], [trace.embed, trace.pos_embed]
     for layer in range(n_layers - 1):
         for kind, name, site in ((Kind.ATTN, "attn", model.attn[layer]), (Kind.MLP, "mlp", model.mlp[layer])):
-            written = site.dictionary.W_dec[site.index] * site.value[:, None]
-            error, bias = site.error, site.bias
+            index, each = site.index.unique(return_inverse=True)
+            decoder, error, bias = site.dictionary.W_dec[index], site.error, site.bias
             if name == "attn":
-                written, error, bias = (
-                    model.to_residual(layer, written),
-                    model.to_residual(layer, error),
-                    model.attn_bias(layer),
-                )
+                decoder, error = model.to_residual(layer, decoder), model.to_residual(layer, error)
+                bias = model.attn_bias(layer)
             groups += [(kind, layer, name), (Kind.ERROR, layer, name), (Kind.BIAS, layer, name)]
             at += [site.position, positions, positions]
             places += [torch.arange(len(site.position)), positions, positions]
-            writes += [written, error, bias.expand(n_pos, -1)]
+            writes += [decoder[each].mul_(site.value[:, None]), error, bias.expand(n_pos, -1)]
     depth = torch.tensor([layer for _, layer, _ in groups])
-    group = torch.repeat_interleave(torch.tensor([len(a) for a in at]))
+    group = torch.arange(len(groups)).repeat_interleave(torch.tensor([len(a) for a in at]))
     position = torch.cat(at)
     below = torch.stack([position[depth[group] < layer].bincount(minlength=n_pos) for layer in range(n_layers)])
     order = position.argsort(stable=True)
+    write = trace.embed.new_empty(len(order), trace.embed.shape[1])
+    for rows, written in zip(order.argsort().split([len(a) for a in at]), writes, strict=True):
+        write.index_copy_(0, rows, written)
     counts = position.bincount(minlength=n_pos)
     sides = 2 * n_layers
     return ScoreNodes(
@@ -131,7 +130,7 @@ def score_nodes(model: ReplacementModel, n_layers: int) -> ScoreNodes:
         group=torch.cat([group[order], len(groups) + torch.arange(sides).repeat_interleave(n_pos)]),
         position=torch.cat([position[order], positions.repeat(sides)]),
         place=torch.cat([torch.cat(places)[order], positions.repeat(sides)]),
-        write=torch.cat(writes)[order],
+        write=write,
         first=counts.cumsum(0) - counts,
         below=below,
         bias=len(order) + n_pos * torch.arange(sides).view(n_layers, 2),
@@ -144,29 +143,24 @@ def score_parts(model: ReplacementModel, nodes: ScoreNodes, looks: Int[torch.Ten
     layer, head, query, key = looks.T
     score = torch.zeros(len(looks), dtype=torch.float64)
     unstored = torch.zeros_like(score)
-    found: list[_Pairs] = []
-    numbers: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for at, head_at in looks[:, :2].unique(dim=0).tolist():
-        which = ((layer == at) & (head == head_at)).nonzero()[:, 0]
-        score[which], unstored[which], pairs = _head(model, nodes, looks, which)
-        found.append(pairs)
-        numbers.append(
-            (
-                _number(nodes, nodes.bias[at, 0], query[pairs.of], pairs.query),
-                _number(nodes, nodes.bias[at, 1], key[pairs.of], pairs.key),
-            )
-        )
-    empty = torch.zeros(0, dtype=torch.long)
+    found = [_Pairs(*(looks[:0, 0] for _ in range(3)), score[:0], score[:0])]
+    for at in layer.unique().tolist():
+        which = (layer == at).nonzero()[:, 0]
+        score[which], unstored[which], pairs = _layer(model, nodes, at, looks[which, 1:])
+        found += [replace(part, of=which[part.of]) for part in pairs]
+    of, query_slot, key_slot, qk, lift = (
+        torch.cat(c) for c in zip(*(vars(part).values() for part in found), strict=True)
+    )
     return ScoreParts(
         looks=looks,
         score=score,
         pattern=model.trace.pattern[layer, head, query, key].double(),
         unstored=unstored,
-        of=torch.cat([empty, *(pairs.of for pairs in found)]),
-        query_node=torch.cat([empty, *(of_query for of_query, _ in numbers)]),
-        key_node=torch.cat([empty, *(of_key for _, of_key in numbers)]),
-        qk=torch.cat([score[:0], *(pairs.qk for pairs in found)]),
-        lift=torch.cat([score[:0], *(pairs.lift for pairs in found)]),
+        of=of,
+        query_node=_number(nodes, nodes.bias[layer[of], 0], query[of], query_slot),
+        key_node=_number(nodes, nodes.bias[layer[of], 1], key[of], key_slot),
+        qk=qk,
+        lift=lift,
     )
 
 
@@ -188,46 +182,57 @@ def score_records(parts: ScoreParts, number: Int[torch.Tensor, " node"]) -> tupl
     return scores, edges
 
 
-def _head(
-    model: ReplacementModel, nodes: ScoreNodes, looks: torch.Tensor, which: Int[torch.Tensor, " n"]
-) -> tuple[Float[torch.Tensor, " n"], Float[torch.Tensor, " n"], _Pairs]:
-    """(score, unstored) of the looks `which`, all of one head, and their stored pairs."""
-    layer, head = looks[which[0], :2].tolist()
-    trace, weights = model.trace, model.weights
+def _layer(
+    model: ReplacementModel, nodes: ScoreNodes, layer: int, looks: Int[torch.Tensor, "n 3"]
+) -> tuple[Float[torch.Tensor, " n"], Float[torch.Tensor, " n"], list[_Pairs]]:
+    """(score, unstored) of the looks [head, query, key] of one layer, and their stored pairs."""
+    trace, weights, sigma = model.trace, model.weights, model.trace.sigma_pre[layer]
     scale = weights.attn_scale[layer]
-    W_Q, b_Q = weights.W_Q[layer, head] * scale, weights.b_Q[layer, head] * scale
-    W_K, b_K = weights.W_K[layer, head], weights.b_K[layer, head]
-    query_at, query = looks[which, 2].unique(return_inverse=True)
-    key_at, key = looks[which, 3].unique(return_inverse=True)
-    stream = centre(trace.resid_pre[layer]) / trace.sigma_pre[layer][:, None]
-    whole_q, whole_k = stream[query_at] @ W_Q + b_Q, stream @ W_K + b_K
-    towards = whole_k[looks[which, 3]] - trace.pattern[layer, head, looks[which, 2]] @ whole_k
-    score = (whole_q[query].double() * whole_k[looks[which, 3]].double()).sum(1)
+    W_Q, b_Q = weights.W_Q[layer] * scale, weights.b_Q[layer] * scale
+    W_K, b_K = weights.W_K[layer], weights.b_K[layer]
+    head, query, key = looks.T
+    stream = centre(trace.resid_pre[layer]) / sigma[:, None]
+    whole_q = torch.einsum("td,hde->hte", stream, W_Q) + b_Q[:, None]
+    whole_k = torch.einsum("td,hde->hte", stream, W_K) + b_K[:, None]
+    score = (whole_q[head, query].double() * whole_k[head, key].double()).sum(1)
+    towards = whole_k[head, key] - (trace.pattern[layer] @ whole_k)[head, query]
 
-    q = _projected(nodes, layer, query_at, W_Q, b_Q, trace.sigma_pre[layer])
-    k = _projected(nodes, layer, key_at, W_K, b_K, trace.sigma_pre[layer])
-    unstored = (q.double().sum(1)[query] * k.double().sum(1)[key]).sum(1)
+    queries, of_query = looks[:, [0, 1]].unique(dim=0, return_inverse=True)
+    keys, of_key = looks[:, [0, 2]].unique(dim=0, return_inverse=True)
+    q = _projected(nodes, layer, queries, W_Q, b_Q, sigma)
+    k = _projected(nodes, layer, keys, W_K, b_K, sigma)
+    unstored = (q.double().sum(1)[of_query] * k.double().sum(1)[of_key]).sum(1)
+    n_query, n_key = 1 + nodes.below[layer, query], 1 + nodes.below[layer, key]
     found: list[_Pairs] = []
-    for part in torch.arange(len(which)).split(max(1, PAIRS_AT_ONCE // (q.shape[1] * k.shape[1]))):
-        of_query = q[query[part]]
-        lift = (of_query @ towards[part, :, None])[:, :, 0]
-        found.append(_strongest(torch.bmm(of_query, k[key[part]].mT), lift, part))
-    pairs = _Pairs(*(torch.cat(column) for column in zip(*(vars(p).values() for p in found), strict=True)))
-    unstored.index_add_(0, pairs.of, pairs.qk, alpha=-1)
-    return score, unstored, _Pairs(which[pairs.of], pairs.query, pairs.key, pairs.qk, pairs.lift)
+    rest = n_key.argsort(descending=True)
+    while len(rest):
+        at_once = max(1, PAIRS_AT_ONCE // (q.shape[1] * int(n_key[rest[0]])))
+        part, rest = rest[:at_once], rest[at_once:]
+        q_part = q[of_query[part], : n_query[part].max()]
+        k_part = k[of_key[part], : n_key[part].max()]
+        pairs = _strongest(torch.bmm(q_part, k_part.mT), torch.bmm(q_part, towards[part, :, None])[:, :, 0], part)
+        unstored.index_add_(0, pairs.of, pairs.qk, alpha=-1)
+        found.append(pairs)
+    return score, unstored, found
 
 
 def _projected(
-    nodes: ScoreNodes, layer: int, positions: torch.Tensor, W: torch.Tensor, b: torch.Tensor, sigma: torch.Tensor
-) -> Float[torch.Tensor, "at slot d_head"]:
-    """q_u or k_v of all nodes below `layer` at some positions: the bias first, then the nodes, then zeros."""
-    counts = nodes.below[layer, positions]
-    place = torch.arange(int(counts.max()))
-    there = place < counts[:, None]
-    node = (nodes.first[positions, None] + place)[there]
-    projected = b.new_zeros(len(positions), 1 + len(place), len(b))
-    projected[:, 0] = b
-    projected[:, 1:][there] = (nodes.write[node] @ (W - W.mean(0))) / sigma[nodes.position[node], None]
+    nodes: ScoreNodes,
+    layer: int,
+    at: Int[torch.Tensor, "n 2"],
+    W: Float[torch.Tensor, "head d_model d_head"],
+    b: Float[torch.Tensor, "head d_head"],
+    sigma: Float[torch.Tensor, " pos"],
+) -> Float[torch.Tensor, "n slot d_head"]:
+    """q_u or k_v of all nodes below `layer` at each (head, position): the bias first, then the nodes, then zeros."""
+    head, position = at.T
+    counts = nodes.below[layer, position]
+    centred = W - W.mean(1, keepdim=True)
+    projected = W.new_zeros(len(at), 1 + int(counts.max()), W.shape[2])
+    for out, h, first, n in zip(projected, head.tolist(), nodes.first[position].tolist(), counts.tolist(), strict=True):
+        torch.mm(nodes.write[first : first + n], centred[h], out=out[1 : n + 1])
+    projected /= sigma[position, None, None]
+    projected[:, 0] = b[head]
     return projected
 
 
@@ -261,7 +266,7 @@ def _strongest(
 
 
 def _number(
-    nodes: ScoreNodes, bias: Int[torch.Tensor, ""], position: Int[torch.Tensor, " n"], slot: Int[torch.Tensor, " n"]
+    nodes: ScoreNodes, bias: Int[torch.Tensor, " n"], position: Int[torch.Tensor, " n"], slot: Int[torch.Tensor, " n"]
 ) -> Int[torch.Tensor, " n"]:
     """The numbers of the nodes in some slots, of which the first is the bias."""
     return torch.where(slot == 0, bias + position, nodes.first[position] + slot - 1)
