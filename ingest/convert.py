@@ -29,7 +29,7 @@ def convert(file: Path, out: Path) -> Path:
     Returns that folder. Raises AtlasError when the file is no such dictionary, asks for anything but data, holds
     a number that is not finite, or when the folder is there already.
     """
-    from ingest.model import sha256
+    from ingest.hub import sha256
     from ingest.pickled import read_pickled
 
     values, weights = read_pickled(file)

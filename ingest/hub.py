@@ -5,6 +5,7 @@ HF_HUB_CACHE say where, HF_HUB_OFFLINE that nothing may be downloaded. It keeps 
 sha256, which is compared with the bytes here each time, and so is a sha256 that the registry knows.
 """
 
+import hashlib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -12,11 +13,15 @@ from pathlib import Path
 
 from atlas.errors import AtlasError, cause
 
-SMALL = 1 << 20  # bytes; smaller files are kept under another hash, and their contents are checked anyway
+
+def sha256(path: Path) -> str:
+    """The sha256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fetch(
-    repository: str, revision: str, files: Sequence[str], sha256: Mapping[str, str | None] | None = None
+    repository: str, revision: str, files: Sequence[str], known: Mapping[str, str | None] | None = None
 ) -> list[Path]:
     """The `files` of a repository in the hub's cache, downloaded where they are not there yet.
 
@@ -24,7 +29,7 @@ def fetch(
     """
     paths = [_fetch_one(repository, revision, file, files) for file in files]
     for file, path in zip(files, paths, strict=True):
-        _check(path, (sha256 or {}).get(file))
+        _check(path, (known or {}).get(file))
     return paths
 
 
@@ -34,16 +39,20 @@ def commit_of(path: Path) -> str:
     return parts[parts.index("snapshots") + 1] if "snapshots" in parts[:-1] else "local"
 
 
-def digest(path: Path) -> str:
-    """The sha256 of a file's bytes, in hexadecimal."""
-    from ingest.model import sha256
-
-    return sha256(path)
+def cache_folder() -> Path:
+    """Where the atlas keeps what it made of downloads: ATLAS_CACHE, or circuit-atlas in the user's cache."""
+    given = os.environ.get("ATLAS_CACHE")
+    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "circuit-atlas"
 
 
 def _fetch_one(repository: str, revision: str, file: str, all_files: Sequence[str]) -> Path:
     from huggingface_hub import constants, hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     try:
         return Path(hf_hub_download(repository, file, revision=revision))
@@ -52,6 +61,8 @@ def _fetch_one(repository: str, revision: str, file: str, all_files: Sequence[st
         raise AtlasError(_missing(repository, revision, file, all_files, reason)) from error
     except EntryNotFoundError as error:
         raise AtlasError(f"{repository} has no file {file} at revision {revision}.") from error
+    except RevisionNotFoundError as error:
+        raise AtlasError(f"{repository} has no revision {revision}.") from error
     except RepositoryNotFoundError as error:
         raise AtlasError(f"The hub has no {repository} that may be read without a token.") from error
     except Exception as error:
@@ -70,11 +81,11 @@ def _missing(repository: str, revision: str, file: str, all_files: Sequence[str]
     )
 
 
-def _check(path: Path, expected: str | None) -> None:
+def _check(path: Path, known: str | None) -> None:
     published = Path(os.readlink(path)).name if path.is_symlink() else ""
-    known = expected or (published if re.fullmatch("[0-9a-f]{64}", published) else None)
-    if known is not None and (found := digest(path)) != known:
+    expected = known or (published if re.fullmatch("[0-9a-f]{64}", published) else None)
+    if expected is not None and (found := sha256(path)) != expected:
         raise AtlasError(
-            f"{path} is not what was published: its sha256 is {found[:16]}..., and {known[:16]}... was expected. "
+            f"{path} is not what was published: its sha256 is {found[:16]}..., and {expected[:16]}... was expected. "
             f"Remove {path.resolve()} and run this again."
         )

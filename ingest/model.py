@@ -1,14 +1,17 @@
 """A GPT-2-architecture language model with TransformerLens' processed weights.
 
-`mini` comes with the package; any other name is a directory written by `save_pretrained` or a
-name that the hub's cache knows. Weights are folded and centred (fold_ln, center_writing_weights,
-center_unembed, fold_value_biases), the convention METHOD.md is written in.
+`mini` comes with the package; any other name is a directory written by `save_pretrained`, a published model of
+the registry, or a repository of the hub. Weights are folded and centred (fold_ln, center_writing_weights,
+center_unembed, fold_value_biases), the convention METHOD.md is written in. For dictionaries that were trained on
+other weights, the steps that would move what they read are left out (CONVENTIONS in ingest/registry.py); layer
+norms are folded always, which moves nothing but what stands inside of them.
 """
 
 import contextlib
-import hashlib
 import io
+import json
 import logging
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +22,13 @@ from jaxtyping import Float
 
 from atlas.errors import AtlasError, cause
 from atlas.records import ModelRecord
+from ingest.hub import commit_of, fetch, sha256
+from ingest.registry import CONVENTIONS, published_model
 
 MINI = Path(__file__).parent / "mini" / "weights"
-PROCESSING = "fold_ln,center_writing_weights,center_unembed,fold_value_biases"
+STEPS = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
+WEIGHTS = "model.safetensors"
+FILES = ("config.json", WEIGHTS, "tokenizer.json")
 
 
 @dataclass(frozen=True)
@@ -72,19 +79,16 @@ class LanguageModel:
         return self.text([token])
 
 
-def load_model(name: str, dtype: torch.dtype = torch.float32) -> LanguageModel:
-    """The model called `mini`, in the directory `name`, or known to the hub's cache by `name`.
+def load_model(name: str, dtype: torch.dtype = torch.float32, weights: str = "processed") -> LanguageModel:
+    """The model called `mini`, in the directory `name`, or on the hub (NAME or NAME@REVISION).
 
-    Raises AtlasError when there is no such model, when it is not of GPT-2's architecture, or when a
-    weight is not a finite number.
+    `weights` is one of CONVENTIONS. Raises AtlasError when there is no such model, when it is not of GPT-2's
+    architecture, or when a weight is not a finite number.
     """
-    directory = MINI if name == "mini" else Path(name)
-    if directory.is_dir():
-        _require_files(directory)
-    bridge = _boot(str(directory) if directory.is_dir() else name)
-    config = bridge.original_model.config
-    if config.model_type != "gpt2":
-        raise AtlasError(f"Model {name!r} is of type {config.model_type!r}; the atlas reads GPT-2's architecture only.")
+    directory, id, revision = _locate(name)
+    _check_directory(name, directory)
+    steps = CONVENTIONS[weights] | {"fold_ln"}
+    bridge = _boot(name, directory, steps)
     if dtype is not torch.float32:
         with contextlib.redirect_stdout(io.StringIO()):
             bridge = bridge.to(dtype)
@@ -92,7 +96,7 @@ def load_model(name: str, dtype: torch.dtype = torch.float32) -> LanguageModel:
         if not torch.isfinite(parameter).all():
             raise AtlasError(f"Model {name!r} has NaN or infinite values in {parameter_name}; its file is damaged.")
     record = ModelRecord(
-        id="mini" if name == "mini" else directory.resolve().name if directory.is_dir() else name,
+        id=id,
         architecture="gpt2",
         n_layers=bridge.cfg.n_layers,
         n_heads=bridge.cfg.n_heads,
@@ -100,32 +104,43 @@ def load_model(name: str, dtype: torch.dtype = torch.float32) -> LanguageModel:
         d_head=bridge.cfg.d_head,
         n_ctx=bridge.cfg.n_ctx,
         d_vocab=bridge.cfg.d_vocab,
-        revision=_revision(directory) if directory.is_dir() else str(getattr(config, "_commit_hash", "unknown")),
-        weight_processing=PROCESSING,
+        revision=revision,
+        weight_processing=",".join(step for step in STEPS if step in steps),
     )
     return LanguageModel(bridge, bridge.tokenizer, _weights(bridge), record)
 
 
-def sha256(path: Path) -> str:
-    """The sha256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _locate(name: str) -> tuple[Path, str, str]:
+    """(directory, id, revision) of a model; downloads what is on the hub and not in its cache."""
+    directory = MINI if name == "mini" else Path(name)
+    if directory.is_dir():
+        id = "mini" if name == "mini" else directory.resolve().name
+        return directory, id, sha256(directory / WEIGHTS) if (directory / WEIGHTS).is_file() else ""
+    if not re.fullmatch(r"([\w.-]+/)?[\w.-]+(@[\w.-]+)?", name):
+        raise AtlasError(f"No model {name!r}: there is no such directory, and no repository of the hub is called so.")
+    model = published_model(name)
+    files = (*FILES, "tokenizer_config.json")
+    paths = fetch(model.repository, model.revision, files, {WEIGHTS: model.sha256})
+    return paths[0].parent, name.partition("@")[0].rpartition("/")[2], commit_of(paths[0])
 
 
-def _require_files(directory: Path) -> None:
-    for file in ("config.json", "model.safetensors", "tokenizer.json"):
+def _check_directory(name: str, directory: Path) -> None:
+    for file in FILES:
         if not (directory / file).is_file():
             raise AtlasError(
                 f"{directory} has no {file}; a model directory holds what GPT2LMHeadModel.save_pretrained "
                 "and its tokenizer's save_pretrained write."
             )
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise AtlasError(f"{directory / 'config.json'} is not JSON in UTF-8.") from error
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind != "gpt2":
+        raise AtlasError(f"Model {name!r} is of type {kind!r}; the atlas reads GPT-2's architecture only.")
 
 
-def _revision(directory: Path) -> str:
-    return sha256(directory / "model.safetensors")
-
-
-def _boot(name: str) -> Any:
+def _boot(name: str, directory: Path, steps: frozenset[str]) -> Any:
     """Load through TransformerBridge, which prints and warns about what no user needs to know."""
     from transformer_lens.model_bridge import TransformerBridge
     from transformers.utils import logging as transformers_logging
@@ -137,13 +152,10 @@ def _boot(name: str) -> Any:
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            bridge: Any = TransformerBridge.boot_transformers(name)
-            bridge.enable_compatibility_mode(disable_warnings=True)
+            bridge: Any = TransformerBridge.boot_transformers(str(directory))
+            bridge.enable_compatibility_mode(disable_warnings=True, **{step: step in steps for step in STEPS})
     except Exception as error:
-        raise AtlasError(
-            f"No model {name!r} could be loaded: give `mini`, a directory of a GPT-2-architecture model, "
-            f"or a name that is in the hub's cache ({cause(error)})."
-        ) from error
+        raise AtlasError(f"Model {name!r} in {directory} could not be loaded ({cause(error)}).") from error
     finally:
         logging.disable(previous)
     return bridge
