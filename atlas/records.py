@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class Kind(StrEnum):
@@ -201,12 +201,28 @@ class QKEdges:
 
 
 @dataclass(frozen=True)
+class SharesRecord:
+    """What interventions in the real model said of a circuit and of two baselines of its size (METHOD 6).
+
+    All are shares of the root's value; `ablation` is what features were set to: mean, zero or resample.
+    """
+
+    ablation: str
+    faithfulness: float
+    necessity: float
+    random_faithfulness: float
+    random_necessity: float
+    top_faithfulness: float
+    top_necessity: float
+
+
+@dataclass(frozen=True)
 class CircuitRecord:
     """One root's circuit under one rule.
 
     `root` indexes the prompt's nodes, `members` [n_nodes] too (the root among them), with their
     `attribution` [n_nodes] to the root. `n_edges` counts the stored edges between members.
-    completeness + error_share + pruned_share = 1 (METHOD 4).
+    completeness + error_share + pruned_share = 1 (METHOD 4). `shares` is None where nothing was measured.
     """
 
     id: str
@@ -220,6 +236,7 @@ class CircuitRecord:
     completeness: float
     error_share: float
     pruned_share: float
+    shares: SharesRecord | None = None
 
 
 @dataclass(frozen=True)

@@ -142,6 +142,21 @@ QUESTIONS = (
         """,
     ),
     _Question(
+        "spans",
+        "every span is OF one feature that fires on each of its tokens, two or more, and not on those beside it",
+        """
+        UNWIND $prompts AS prompt
+        MATCH (p:Prompt {id: prompt})-[:HAS_SPAN]->(s:Span)
+        OPTIONAL MATCH (s)-[:OF]->(f:Feature)-[e:FIRES_ON]->(p)
+        WITH p, s, count(e) AS n, max(f.id) AS feature, head(collect(e.positions)) AS positions
+        WITH s.id AS id, null AS residual, n = 1 AND s.prompt = p.id AND s.length = s.end + 1 - s.start
+             AND s.length >= 2 AND s.mean > 0
+             AND s.id = p.id + '/' + feature + '/' + toString(s.start) + '-' + toString(s.end)
+             AND all(i IN range(s.start, s.end) WHERE i IN positions)
+             AND NOT (s.start - 1) IN positions AND NOT (s.end + 1) IN positions AS ok
+        """,
+    ),
+    _Question(
         "edges",
         "every edge stays in its prompt and runs forward: DIRECT at its position, OV from there or before",
         f"""
@@ -210,6 +225,18 @@ QUESTIONS = (
         MATCH (c:Circuit {{prompt: prompt}})
         WITH c.id AS id, abs(c.completeness + c.error_share + c.pruned_share - 1) AS residual
         WITH id, residual, residual <= {TOLERANCE} AS ok
+        """,
+    ),
+    _Question(
+        "faithfulness",
+        "a circuit whose faithfulness was measured has all six shares as finite numbers, and the ablation's name",
+        """
+        UNWIND $prompts AS prompt
+        MATCH (c:Circuit {prompt: prompt}) WHERE c.faithfulness IS NOT NULL OR c.ablation IS NOT NULL
+        WITH c, [c.faithfulness, c.necessity, c.random_faithfulness, c.random_necessity, c.top_faithfulness,
+                 c.top_necessity] AS shares
+        WITH c.id AS id, null AS residual, coalesce(c.ablation IN ['mean', 'zero', 'resample'], false)
+             AND all(x IN shares WHERE coalesce(abs(x) < 1e30, false)) AS ok
         """,
     ),
     _Question(

@@ -19,6 +19,7 @@ import neo4j
 import numpy as np
 from numpy.typing import NDArray
 
+from atlas import feeds
 from atlas.errors import AtlasError
 from atlas.records import Kind, NodeRecord, PromptRecord, ReplacementModelRecord, RunRecord
 from atlas.schema import PROMPT_LABELS
@@ -30,6 +31,11 @@ ROWS_PER_STATEMENT = 10_000
 
 _COMMON: LiteralString = "id: row.id, prompt: row.prompt, layer: row.layer, position: row.position, name: row.name"
 _LINEAR: LiteralString = "pre_activation: row.pre_activation, constant: row.constant, unstored: row.unstored"
+_SHARES: LiteralString = (
+    "ablation: row.ablation, faithfulness: row.faithfulness, necessity: row.necessity, "
+    "random_faithfulness: row.random_faithfulness, random_necessity: row.random_necessity, "
+    "top_faithfulness: row.top_faithfulness, top_necessity: row.top_necessity"
+)
 # Labels besides CircuitNode, and properties besides the common ones.
 _KINDS: dict[Kind, tuple[LiteralString, LiteralString]] = {
     Kind.MLP: ("Activation:MLP", ", site: row.site, value: row.value, " + _LINEAR),
@@ -102,7 +108,12 @@ def write_prompt(store: Store, prompt: PromptRecord, run_id: str) -> WriteCounts
 
 def delete_prompt(store: Store, prompt_id: str) -> bool:
     """Delete a prompt with everything that is only its own; false if there was none."""
-    return store.write(lambda transaction: _delete(transaction, prompt_id))
+
+    def work(transaction: neo4j.ManagedTransaction) -> bool:
+        feeds.change(transaction, feeds.of_stored(transaction, prompt_id), {})
+        return _delete(transaction, prompt_id)
+
+    return store.write(work)
 
 
 def stored_requests(store: Store, prompt_ids: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -115,11 +126,15 @@ def stored_requests(store: Store, prompt_ids: Sequence[str]) -> dict[str, tuple[
 
 
 def _write_prompt(transaction: neo4j.ManagedTransaction, prompt: PromptRecord, run_id: str) -> WriteCounts:
+    fed = feeds.of_stored(transaction, prompt.id)
     replaced = _delete(transaction, prompt.id)
     _write_text(transaction, prompt, run_id)
     _write_features(transaction, prompt)
+    _write_spans(transaction, prompt)
+    feeds.change(transaction, fed, feeds.of_record(prompt))
     _write_nodes(transaction, prompt)
     _write_edges(transaction, prompt)
+    _write_scores(transaction, prompt)
     _write_circuits(transaction, prompt)
     n_edges = len(prompt.direct.weight) + len(prompt.ov.weight)
     return WriteCounts(len(prompt.nodes), n_edges, len(prompt.circuits), len(prompt.firings), replaced)
@@ -201,6 +216,28 @@ def _write_features(transaction: neo4j.ManagedTransaction, prompt: PromptRecord)
     )
 
 
+def _write_spans(transaction: neo4j.ManagedTransaction, prompt: PromptRecord) -> None:
+    _create(
+        transaction,
+        "MATCH (f:Feature {id: row.feature}) MATCH (p:Prompt {id: row.prompt}) "
+        "CREATE (s:Span {id: row.id, prompt: row.prompt, start: row.start, end: row.end, length: row.length, "
+        "text: row.text, mean: row.mean}) CREATE (p)-[:HAS_SPAN]->(s) CREATE (s)-[:OF]->(f)",
+        [
+            {
+                "id": f"{prompt.id}/{s.dictionary}/{s.index}/{s.start}-{s.end}",
+                "prompt": prompt.id,
+                "feature": f"{s.dictionary}/{s.index}",
+                "start": s.start,
+                "end": s.end,
+                "length": s.end + 1 - s.start,
+                "text": s.text,
+                "mean": s.mean,
+            }
+            for s in prompt.spans
+        ],
+    )
+
+
 def _known_features(transaction: neo4j.ManagedTransaction, ids: list[str]) -> set[str]:
     result = transaction.run("UNWIND $ids AS id MATCH (f:Feature {id: id}) RETURN f.id AS id", {"ids": ids})
     return {record["id"] for record in result}
@@ -248,6 +285,45 @@ def _write_edges(transaction: neo4j.ManagedTransaction, prompt: PromptRecord) ->
     )
 
 
+def _write_scores(transaction: neo4j.ManagedTransaction, prompt: PromptRecord) -> None:
+    ids = [node.id for node in prompt.nodes]
+    s, qk = prompt.scores, prompt.qk
+    _create(
+        transaction,
+        "MATCH (q:Token {id: row.at_query}) MATCH (k:Token {id: row.at_key}) "
+        "CREATE (a:AttentionScore {id: row.id, prompt: row.prompt, layer: row.layer, head: row.head, query: row.query, "
+        "key: row.key, score: row.score, pattern: row.pattern, unstored: row.unstored}) "
+        "CREATE (a)-[:QUERY]->(q) CREATE (a)-[:KEY]->(k)",
+        [
+            {
+                "id": f"{prompt.id}/{layer}.{head}/{query}-{key}",
+                "prompt": prompt.id,
+                "at_query": f"{prompt.id}/{query}",
+                "at_key": f"{prompt.id}/{key}",
+                "layer": layer,
+                "head": head,
+                "query": query,
+                "key": key,
+                "score": score,
+                "pattern": pattern,
+                "unstored": unstored,
+            }
+            for layer, head, query, key, score, pattern, unstored in _columns(
+                s.layer, s.head, s.query, s.key, s.score, s.pattern, s.unstored
+            )
+        ],
+    )
+    _create(
+        transaction,
+        "MATCH (a:CircuitNode {id: row.source}) MATCH (b:CircuitNode {id: row.target}) "
+        "CREATE (a)-[:QK {layer: row.layer, head: row.head, score: row.score, lift: row.lift}]->(b)",
+        [
+            {"source": ids[a], "target": ids[b], "layer": layer, "head": head, "score": score, "lift": lift}
+            for a, b, layer, head, score, lift in _columns(qk.source, qk.target, qk.layer, qk.head, qk.score, qk.lift)
+        ],
+    )
+
+
 def _write_circuits(transaction: neo4j.ManagedTransaction, prompt: PromptRecord) -> None:
     ids = [node.id for node in prompt.nodes]
     _create(
@@ -255,7 +331,7 @@ def _write_circuits(transaction: neo4j.ManagedTransaction, prompt: PromptRecord)
         "MATCH (p:Prompt {id: row.prompt}) MATCH (root:CircuitNode {id: row.root}) "
         "CREATE (c:Circuit {id: row.id, prompt: row.prompt, rule: row.rule, threshold: row.threshold, "
         "n_nodes: row.n_nodes, n_edges: row.n_edges, root_value: row.root_value, completeness: row.completeness, "
-        "error_share: row.error_share, pruned_share: row.pruned_share}) "
+        f"error_share: row.error_share, pruned_share: row.pruned_share, {_SHARES}}}) "
         "CREATE (p)-[:HAS_CIRCUIT]->(c) CREATE (c)-[:ROOT]->(root)",
         [
             {
@@ -270,6 +346,7 @@ def _write_circuits(transaction: neo4j.ManagedTransaction, prompt: PromptRecord)
                 "completeness": c.completeness,
                 "error_share": c.error_share,
                 "pruned_share": c.pruned_share,
+                **(vars(c.shares) if c.shares else {}),
             }
             for c in prompt.circuits
         ],
@@ -320,13 +397,16 @@ def _refuse_other_weights(transaction: neo4j.ManagedTransaction, model: Replacem
 
 def _refuse_doubles(prompt: PromptRecord) -> None:
     """Not left to the constraints: the embedded engine misses a key that one transaction deletes and makes twice."""
-    direct, ov = prompt.direct, prompt.ov
+    direct, ov, scores, qk = prompt.direct, prompt.ov, prompt.scores, prompt.qk
     groups: dict[str, list[Any]] = {
         "node": [node.id for node in prompt.nodes],
         "circuit": [circuit.id for circuit in prompt.circuits],
         "firing feature": [(firing.dictionary, firing.index) for firing in prompt.firings],
+        "span": [(span.dictionary, span.index, span.start) for span in prompt.spans],
         "DIRECT edge": list(_columns(direct.source, direct.target)),
         "OV edge": list(_columns(ov.source, ov.target, ov.head)),
+        "attention score": list(_columns(scores.layer, scores.head, scores.query, scores.key)),
+        "QK edge": list(_columns(qk.source, qk.target, qk.layer, qk.head)),
     }
     for what, keys in groups.items():
         if len(set(keys)) < len(keys):
@@ -339,8 +419,10 @@ def _refuse_infinite(prompt: PromptRecord) -> None:
     of_circuits = [
         v for c in prompt.circuits for v in (c.root_value, c.completeness, c.error_share, c.pruned_share, c.threshold)
     ]
-    of_features = [v for f in prompt.firings for v in f.values]
+    of_circuits += [v for c in prompt.circuits if c.shares for v in vars(c.shares).values() if not isinstance(v, str)]
+    of_features = [v for f in prompt.firings for v in f.values] + [span.mean for span in prompt.spans]
     single = np.array([v for v in (*of_nodes, *of_circuits, *of_features) if v is not None], dtype=np.float64)
-    arrays = [single, prompt.direct.weight, prompt.ov.weight, prompt.ov.pattern]
+    arrays = [single, prompt.direct.weight, prompt.ov.weight, prompt.ov.pattern, prompt.qk.score, prompt.qk.lift]
+    arrays += [prompt.scores.score, prompt.scores.pattern, prompt.scores.unstored]
     if not all(np.isfinite(array).all() for array in (*arrays, *(c.attribution for c in prompt.circuits))):
         raise AtlasError(f"The circuits of {prompt.text!r} hold a number that is not finite; nothing was written.")

@@ -19,7 +19,7 @@ def graph_of(record: PromptRecord) -> Graph:
         feature = None if node.dictionary is None else f"{node.dictionary}/{node.index}"
         at = f"{record.id}/{node.position}"
         nodes[node.id] = (sorted(labels), given | {"prompt": record.id}, at, feature)
-    d, o = record.direct, record.ov
+    d, o, scores, qk = record.direct, record.ov, record.scores, record.qk
     return {
         "prompt": {
             "id": record.id,
@@ -36,6 +36,21 @@ def graph_of(record: PromptRecord) -> Graph:
         "firings": {
             f"{f.dictionary}/{f.index}": (list(f.positions), list(f.values), max(f.values)) for f in record.firings
         },
+        "spans": {
+            f"{record.id}/{s.dictionary}/{s.index}/{s.start}-{s.end}": (
+                {
+                    "id": f"{record.id}/{s.dictionary}/{s.index}/{s.start}-{s.end}",
+                    "prompt": record.id,
+                    "start": s.start,
+                    "end": s.end,
+                    "length": s.end - s.start + 1,
+                    "text": s.text,
+                    "mean": s.mean,
+                },
+                f"{s.dictionary}/{s.index}",
+            )
+            for s in record.spans
+        },
         "nodes": nodes,
         "direct": sorted(
             (ids[s], ids[t], w) for s, t, w in zip(d.source.tolist(), d.target.tolist(), d.weight.tolist(), strict=True)
@@ -45,6 +60,13 @@ def graph_of(record: PromptRecord) -> Graph:
             for s, t, layer, head, w, p in zip(
                 *(a.tolist() for a in (o.source, o.target, o.layer, o.head, o.weight, o.pattern)), strict=True
             )
+        ),
+        "scores": sorted(
+            (f"{record.id}/{layer}.{head}/{q}-{k}", layer, head, q, k, *rest, f"{record.id}/{q}", f"{record.id}/{k}")
+            for layer, head, q, k, *rest in zip(*(a.tolist() for a in vars(scores).values()), strict=True)
+        ),
+        "qk": sorted(
+            (ids[s], ids[t], *rest) for s, t, *rest in zip(*(a.tolist() for a in vars(qk).values()), strict=True)
         ),
         "circuits": {
             c.id: (
@@ -59,6 +81,7 @@ def graph_of(record: PromptRecord) -> Graph:
                     "completeness": c.completeness,
                     "error_share": c.error_share,
                     "pruned_share": c.pruned_share,
+                    **(vars(c.shares) if c.shares else {}),
                 },
                 ids[c.root],
                 {ids[m]: a for m, a in zip(c.members.tolist(), c.attribution.tolist(), strict=True)},
@@ -101,6 +124,12 @@ def graph_in(store: Store, prompt: str) -> Graph:
                 "MATCH (f:Feature)-[e:FIRES_ON]->(:Prompt {id: $prompt}) RETURN f.id, e.positions, e.values, e.max"
             )
         },
+        "spans": {
+            span["id"]: (span, feature)
+            for span, feature in rows(
+                "MATCH (:Prompt {id: $prompt})-[:HAS_SPAN]->(s)-[:OF]->(f) RETURN properties(s) AS span, f.id AS feature"
+            )
+        },
         "nodes": {
             node["id"]: (sorted(labels), node, token, feature)
             for node, labels, token, feature in rows(
@@ -113,6 +142,18 @@ def graph_in(store: Store, prompt: str) -> Graph:
             rows(
                 "MATCH (a:CircuitNode {prompt: $prompt})-[e:OV]->(b) "
                 "RETURN a.id, b.id, e.layer, e.head, e.weight, e.pattern"
+            )
+        ),
+        "scores": sorted(
+            rows(
+                "MATCH (k:Token)<-[:KEY]-(a:AttentionScore {prompt: $prompt})-[:QUERY]->(q:Token) RETURN a.id, a.layer, "
+                "a.head, a.query, a.key, a.score, a.pattern, a.unstored, q.id AS at_query, k.id AS at_key"
+            )
+        ),
+        "qk": sorted(
+            rows(
+                "MATCH (a:CircuitNode {prompt: $prompt})-[e:QK]->(b) "
+                "RETURN a.id, b.id, e.layer, e.head, e.score, e.lift"
             )
         ),
         "circuits": circuits,

@@ -3,7 +3,8 @@
 Every pre-activation is its constant plus the weights of its incoming edges plus `unstored`; edges run
 forward in position and in layer, attention before the MLP of the same layer; a circuit's shares sum to 1.
 Features come from a small common stock, so different seeds share some of them. Position 0 is a
-beginning-of-text token: it has nodes but no firings.
+beginning-of-text token: it has nodes but no firings. Most scores of heads that carry an OV edge are there, each
+the sum of its QK edges and `unstored`; a node may be paired with itself.
 """
 
 import hashlib
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from atlas.records import (
+    AttentionScores,
     CircuitRecord,
     DictionaryRecord,
     DirectEdges,
@@ -21,13 +23,17 @@ from atlas.records import (
     NodeRecord,
     OVEdges,
     PromptRecord,
+    QKEdges,
     ReplacementModelRecord,
     RunRecord,
+    SharesRecord,
+    SpanRecord,
 )
 
 N_LAYERS, N_HEADS, D_MODEL, D_SAE = 2, 2, 16, 40
 WORDS = [" the", " river", " ran", " north", " past", " old", " stone", " mills", " and", " gardens", ",", "."]
 FEATURES = (Kind.MLP, Kind.ATTN)
+SIDES = ("q", "k")  # sites of the bias nodes of queries and keys
 
 
 def synthetic_model() -> ReplacementModelRecord:
@@ -79,7 +85,9 @@ def synthetic_prompt(seed: int, n_tokens: int = 5, n_active: int = 3, density: f
     nodes = _nodes(prompt, token_ids, texts, n_active, rng)
     direct, ov = _edges(nodes, density, rng)
     nodes = _with_values(nodes, direct, ov, rng)
+    firings = _firings(nodes, rng)
     pattern = np.round(rng.uniform(0.01, 1, len(ov.weight)), 3)
+    scores, qk = _scores(nodes, ov, np.random.default_rng([seed, 1]))
     return PromptRecord(
         id=prompt,
         replacement_model=model.id,
@@ -87,7 +95,7 @@ def synthetic_prompt(seed: int, n_tokens: int = 5, n_active: int = 3, density: f
         token_ids=token_ids,
         token_texts=texts,
         requests=('{"roots": "default", "rule": "relative", "threshold": 0.01}',),
-        firings=_firings(nodes, rng),
+        firings=firings,
         nodes=tuple(nodes),
         direct=DirectEdges(np.array(direct.source), np.array(direct.target), np.array(direct.weight)),
         ov=OVEdges(
@@ -99,9 +107,12 @@ def synthetic_prompt(seed: int, n_tokens: int = 5, n_active: int = 3, density: f
             pattern,
         ),
         circuits=_circuits(prompt, nodes, direct, ov, rng),
+        spans=_spans(firings, texts),
         task="synthetic" if seed % 2 else None,
         source="seed.jsonl:1",
         fields={"seed": seed, "answer": " north"},
+        scores=scores,
+        qk=qk,
     )
 
 
@@ -134,6 +145,9 @@ def _nodes(
                     NodeRecord(f"{here}/error", Kind.ERROR, t, layer, f"{name} error @{token}", site=site, norm=norm)
                 )
                 nodes.append(NodeRecord(f"{here}/bias", Kind.BIAS, t, layer, f"{name} bias @{token}", site=site))
+            for side in SIDES:
+                name = f"L{layer} {side} bias @{token}"
+                nodes.append(NodeRecord(f"{at}/{layer}/{side}/bias", Kind.BIAS, t, layer, name, site=side))
     t = len(ids) - 1
     for token, versus in ((" north", None), (" south", None), (" north", " south")):
         root = token if versus is None else f"{token}-{versus}"
@@ -161,6 +175,8 @@ def _edges(nodes: list[NodeRecord], density: float, rng: np.random.Generator) ->
     direct, ov = _Edges(), _Edges()
     for target, v in enumerate(nodes):
         for source, u in enumerate(nodes):
+            if u.site in SIDES:
+                continue
             if v.kind in (Kind.MLP, Kind.LOGIT) and u.position == v.position and _rank(u) < _rank(v):
                 if rng.uniform() < density:
                     direct.source.append(source)
@@ -175,6 +191,37 @@ def _edges(nodes: list[NodeRecord], density: float, rng: np.random.Generator) ->
                         ov.head.append(head)
                         ov.weight.append(float(rng.normal()))
     return direct, ov
+
+
+def _scores(nodes: list[NodeRecord], ov: _Edges, rng: np.random.Generator) -> tuple[AttentionScores, QKEdges]:
+    """Four of five of the scores behind OV edges, each with up to five pairs of nodes below its layer."""
+    ends = zip(ov.layer, ov.head, ov.target, ov.source, strict=True)
+    looks = sorted({(layer, head, nodes[t].position, nodes[s].position) for layer, head, t, s in ends})
+    looks = [look for look in looks if rng.uniform() < 0.8]
+    rows: list[tuple[int, int, int, int, float, float]] = []
+    scores: list[tuple[float, float, float]] = []
+    for layer, head, query, key in looks:
+        at_query, at_key = _below(nodes, layer, query, "q"), _below(nodes, layer, key, "k")
+        pairs = {(int(rng.choice(at_query)), int(rng.choice(at_key))) for _ in range(rng.integers(0, 6))}
+        if query == key and pairs:
+            pairs.add((at_query[0], at_query[0]))
+        lift = {u: float(rng.normal()) for u, _ in sorted(pairs)}
+        qk = {pair: float(rng.normal()) for pair in sorted(pairs)}
+        rows += [(v, u, layer, head, value, lift[u]) for (u, v), value in qk.items()]
+        unstored = float(rng.normal(scale=0.1))
+        scores.append((sum(qk.values()) + unstored, float(rng.uniform(0.01, 1)), unstored))
+    whole = (np.array(column) for column in zip(*looks, strict=True))
+    edges = list(zip(*rows, strict=True))
+    return (
+        AttentionScores(*whole, *(np.array(column) for column in zip(*scores, strict=True))),
+        QKEdges(*(np.array(column) for column in edges)),
+    )
+
+
+def _below(nodes: list[NodeRecord], layer: int, position: int, side: str) -> list[int]:
+    """The nodes at a position that one side of a layer's heads reads: all below it, and the side's bias."""
+    read = [i for i, n in enumerate(nodes) if n.position == position and n.layer < layer and n.site not in SIDES]
+    return read + [i for i, n in enumerate(nodes) if (n.position, n.layer, n.site) == (position, layer, side)]
 
 
 def _with_values(nodes: list[NodeRecord], direct: _Edges, ov: _Edges, rng: np.random.Generator) -> list[NodeRecord]:
@@ -196,18 +243,32 @@ def _with_values(nodes: list[NodeRecord], direct: _Edges, ov: _Edges, rng: np.ra
 
 
 def _firings(nodes: list[NodeRecord], rng: np.random.Generator) -> tuple[FiringRecord, ...]:
-    """Every feature among the nodes, and one more of each dictionary that is in no circuit."""
+    """Every feature among the nodes, and one more of each dictionary, in no circuit, on the first two tokens."""
     found: dict[tuple[str, int], dict[int, float]] = {}
     for node in nodes:
         if node.dictionary is not None and node.index is not None and node.value is not None and node.position > 0:
             found.setdefault((node.dictionary, node.index), {})[node.position] = node.value
     for dictionary in synthetic_model().dictionaries:
         unused = [i for i in range(D_SAE) if (dictionary.id, i) not in found]
-        found[dictionary.id, int(rng.choice(unused))] = {1: float(rng.uniform(0.1, 2))}
+        found[dictionary.id, int(rng.choice(unused))] = {t: float(rng.uniform(0.1, 2)) for t in (1, 2)}
     return tuple(
         FiringRecord(dictionary, index, tuple(values), tuple(values.values()))
         for (dictionary, index), values in sorted(found.items())
     )
+
+
+def _spans(firings: tuple[FiringRecord, ...], texts: tuple[str, ...]) -> tuple[SpanRecord, ...]:
+    """Every stretch of two or more consecutive positions on which a feature fires."""
+    spans: list[SpanRecord] = []
+    for firing in firings:
+        values = dict(zip(firing.positions, firing.values, strict=True))
+        for start in (t for t in values if t - 1 not in values):
+            end = next(t for t in range(start, len(texts) + 1) if t + 1 not in values)
+            if end > start:
+                mean = sum(values[t] for t in range(start, end + 1)) / (end - start + 1)
+                text = "".join(texts[start : end + 1])
+                spans.append(SpanRecord(firing.dictionary, firing.index, start, end, text, mean))
+    return tuple(spans)
 
 
 def _circuits(
@@ -234,6 +295,7 @@ def _circuits(
                 completeness=float(shares[0]),
                 error_share=float(shares[1]),
                 pruned_share=float(shares[2]),
+                shares=SharesRecord("mean", 0.9, 0.5, 0.1, -0.2, 1.1, 0.4) if nodes[root].kind is Kind.MLP else None,
             )
         )
     return tuple(circuits)

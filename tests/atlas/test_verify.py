@@ -22,6 +22,9 @@ PLANTED = [
     ("firings", "MATCH ()-[e:FIRES_ON]->() WITH e LIMIT 1 SET e.positions = [0, 0]"),
     ("firings", "MATCH (f)-[e:FIRES_ON]->(p) WITH f, e, p LIMIT 1 CREATE (f)-[:FIRES_ON {positions: [1]}]->(p)"),
     ("inverted index", "MATCH (n:MLP {position: 1})-[:OF]->()-[e:FIRES_ON]->(:Prompt {id: n.prompt}) DELETE e"),
+    ("spans", "MATCH (s:Span) WITH s LIMIT 1 SET s.end = s.end + 1"),
+    ("spans", "MATCH (s:Span)-[e:OF]->() WITH e LIMIT 1 DELETE e"),
+    ("spans", "MATCH (s:Span)-[:OF]->()-[e:FIRES_ON]->(p:Prompt {id: s.prompt}) DELETE e"),
     ("edges", "MATCH ()-[e:OV]->() WITH e LIMIT 1 SET e.layer = 9"),
     (
         "edges",
@@ -55,6 +58,8 @@ PLANTED = [
     ("circuit edges", "MATCH (c:Circuit) WITH c LIMIT 1 SET c.n_edges = c.n_edges - 1"),
     ("shares", "MATCH (c:Circuit) WITH c LIMIT 1 SET c.error_share = c.error_share + 0.001"),
     ("shares", "MATCH (c:Circuit) WITH c LIMIT 1 REMOVE c.pruned_share"),
+    ("faithfulness", "MATCH (c:Circuit) WHERE c.faithfulness > 0 WITH c LIMIT 1 REMOVE c.top_necessity"),
+    ("faithfulness", "MATCH (c:Circuit) WHERE c.faithfulness > 0 WITH c LIMIT 1 SET c.random_necessity = 0.0 / 0.0"),
     ("features", "MATCH (f:Feature) WITH f LIMIT 1 SET f.index = 1000"),
     ("features", "MATCH (:Feature)-[e:IN]->() WITH e LIMIT 1 DELETE e"),
     ("leftovers", "MATCH (p:Prompt) WITH p LIMIT 1 DETACH DELETE p"),
