@@ -232,18 +232,18 @@ def _features(
     site: Site, g: Float[torch.Tensor, "row d_out"], rows: Rows, keep: Keep, value: Float[torch.Tensor, " begun"]
 ) -> tuple[torch.Tensor, torch.Tensor, Float[torch.Tensor, "begun active"]]:
     """Attributions, what is kept, and the gradients of kept features, zero where pruned; all [begun, active]."""
-    counts = torch.tensor(site.counts)[rows.position]
-    ends = functional.pad(counts.cumsum(0), (1, 0))
-    reached = torch.arange(len(site.index)) < (ends[rows.start[1:]] - ends[rows.start[:-1]])[:, None]
+    counts = torch.tensor(site.counts)
+    ends = functional.pad(counts[rows.position].cumsum(0), (1, 0))
+    # A root reaches the features up to its position: the first so many of the list.
+    reached = counts.cumsum(0)[rows.position[rows.start[1:] - 1]].tolist()
+    columns = torch.cat([site.index[:n] for n in reached]) if reached else site.index[:0]
     at = torch.sparse_csr_tensor(
-        ends,
-        site.index.expand_as(reached)[reached],
-        g.new_zeros(int(ends[-1])),
-        (len(g), len(site.dictionary.W_dec)),
-        check_invariants=False,
+        ends, columns, g.new_zeros(len(columns)), (len(g), len(site.dictionary.W_dec)), check_invariants=False
     )
-    gradient = g.new_zeros(reached.shape)
-    gradient[reached] = torch.sparse.sampled_addmm(at, g, site.dictionary.W_dec.T, beta=0.0).values()
+    products = torch.sparse.sampled_addmm(at, g, site.dictionary.W_dec.T, beta=0.0).values()
+    gradient = g.new_zeros(len(reached), len(site.index))
+    for root, part in enumerate(products.split(reached)):
+        gradient[root, : len(part)] = part
     attr = gradient * site.value
     kept = keep(attr, value)
     return attr, kept, gradient * kept
@@ -266,8 +266,7 @@ def _constants(
     model: ReplacementModel, layer: int, name: str, gradient: Float[torch.Tensor, "begun active"]
 ) -> Float[torch.Tensor, " begun"]:
     """The kept features' constants, weighted by their gradients."""
-    kept = gradient.any(0).nonzero()[:, 0]
-    return gradient[:, kept] @ model.constants(layer, name, model.site(layer, name).index[kept])
+    return gradient @ model.constants(layer, name, model.site(layer, name).index)
 
 
 def _padded(part: torch.Tensor, roots: Roots) -> torch.Tensor:

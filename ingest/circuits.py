@@ -6,7 +6,7 @@ embeddings) that pass the same rule. Edges run between all nodes of the prompt (
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -385,11 +385,7 @@ class _Assembly:
     def circuits(self, sweeps: Sequence[Sweep], direct: DirectEdges, ov: OVEdges) -> tuple[CircuitRecord, ...]:
         """One circuit per root and rule, with its members and its shares (METHOD 4)."""
         ends = np.concatenate([[direct.source, direct.target], [ov.source, ov.target]], axis=1)
-        return tuple(
-            self._circuit(sweep, r, attr, member, ends)
-            for sweep in sweeps
-            for r, (attr, member) in enumerate(zip(*self._membership(sweep), strict=True))
-        )
+        return tuple(circuit for sweep in sweeps for circuit in self._circuits(sweep, ends))
 
     def _membership(self, sweep: Sweep) -> tuple[torch.Tensor, torch.Tensor]:
         """(attribution, membership) of every node but the roots themselves, [root, node] each."""
@@ -403,28 +399,30 @@ class _Assembly:
                 found.append((attr[:, group.position], member[:, group.position]))
         return torch.cat([attr for attr, _ in found], 1), torch.cat([member for _, member in found], 1)
 
-    def _circuit(
-        self, sweep: Sweep, r: int, attr: torch.Tensor, member: torch.Tensor, ends: np.ndarray
-    ) -> CircuitRecord:
-        root, found = sweep.roots[r], sweep.attribution
-        node, value = self._root_node(root), float(sweep.table.value[r])
-        members = np.append(member.nonzero()[:, 0].numpy(), node)
-        inside = np.zeros(self.first[-1] + len(self.logits), dtype=bool)
-        inside[members] = True
-        explained = float(found.embeddings[r] + found.biases[r] + found.constant[r])
-        return CircuitRecord(
-            id=f"{self.prompt_id}/{_root_path(root)}/{sweep.rule}",
-            root=node,
-            rule=sweep.rule,
-            threshold=sweep.threshold,
-            members=members,
-            attribution=np.append(attr[member].double().numpy(), value),
-            n_edges=int(inside[ends].all(0).sum()),
-            root_value=value,
-            completeness=explained / value,
-            error_share=float(found.errors[r]) / value,
-            pruned_share=float(found.pruned[r]) / value,
-        )
+    def _circuits(self, sweep: Sweep, ends: np.ndarray) -> Iterator[CircuitRecord]:
+        found = sweep.attribution
+        shares = torch.stack([found.embeddings + found.biases + found.constant, found.errors, found.pruned])
+        shares = (shares / sweep.table.value).T.tolist()
+        attributions, memberships = (part.double().numpy() for part in self._membership(sweep))
+        for r, (root, value) in enumerate(zip(sweep.roots, sweep.table.value.tolist(), strict=True)):
+            node = self._root_node(root)
+            members = memberships[r].nonzero()[0]
+            inside = np.zeros(self.first[-1] + len(self.logits), dtype=bool)
+            inside[members] = inside[node] = True
+            completeness, error_share, pruned_share = shares[r]
+            yield CircuitRecord(
+                id=f"{self.prompt_id}/{_root_path(root)}/{sweep.rule}",
+                root=node,
+                rule=sweep.rule,
+                threshold=sweep.threshold,
+                members=np.append(members, node),
+                attribution=np.append(attributions[r, members], value),
+                n_edges=int(inside[ends].all(0).sum()),
+                root_value=value,
+                completeness=completeness,
+                error_share=error_share,
+                pruned_share=pruned_share,
+            )
 
     def _root_node(self, root: Root) -> int:
         if root.site == "logit":

@@ -2,13 +2,17 @@
 
 Read from SAELens' on-disk format (cfg.json and sae_weights.safetensors) through SAELens. Every kind
 is brought to one form, p = (x - b_in) W_enc + b_enc, a = activation(p), x_hat = a W_dec + b_dec, so
-that attribution knows a feature's pre-activation as a linear read (METHOD 2).
+that attribution knows a feature's pre-activation as a linear read (METHOD 2). Where a dictionary normalises
+its input token by token (`layer_norm`), x stands for (x - mean x) / (std x + 1e-5), and x_hat for
+x_hat std x + mean x. What cfg.json does not say of a published dictionary, its `Origin` does.
 """
 
 import hashlib
 import json
 import warnings
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +22,9 @@ from safetensors import SafetensorError, safe_open
 
 from atlas.errors import AtlasError, cause
 from atlas.records import DictionaryRecord
-from ingest.model import LanguageModel, sha256
+from ingest.hub import sha256
+from ingest.model import LanguageModel, processing
+from ingest.registry import CONVENTIONS, convention, neuronpedia_source
 
 ACTIVATIONS = {
     "standard": "relu",
@@ -28,6 +34,26 @@ ACTIVATIONS = {
     "jumprelu_transcoder": "jumprelu",
 }
 MEANS = "means.safetensors"
+QUALITY = "quality.json"
+NORM_EPS = 1e-5  # SAELens' layer norm adds it to the standard deviation
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a registry knows of a dictionary: its set's short name, where it was published, and its weights."""
+
+    name: str
+    source: str
+    revision: str
+    weights: str
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a dictionary lies, and where it came from if a registry says so."""
+
+    folder: Path
+    origin: Origin | None = None
 
 
 @dataclass(frozen=True)
@@ -37,7 +63,7 @@ class Dictionary:
     `W_enc` is kept column-major, so that the encoder rows of single features are contiguous.
     `b_in` is b_dec where the SAE subtracts it from its input, else zero. `k` is TopK's, `threshold`
     JumpReLU's; the other is None. `mean` is the mean activation of every feature over a corpus, and None
-    where it was not measured (ingest/means.py).
+    where it was not measured (ingest/means.py). `layer_norm` says that it normalises its input.
     """
 
     W_enc: Float[torch.Tensor, "d_in d_sae"]
@@ -49,9 +75,12 @@ class Dictionary:
     k: int | None
     record: DictionaryRecord
     mean: Float[torch.Tensor, " d_sae"] | None = None
+    layer_norm: bool = False
 
     def pre_activations(self, x: Float[torch.Tensor, "pos d_in"]) -> Float[torch.Tensor, "pos d_sae"]:
         """p = (x - b_in) W_enc + b_enc."""
+        if self.layer_norm:
+            x = (x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + NORM_EPS)
         return torch.addmm(self.b_enc, x - self.b_in, self.W_enc)
 
     def active(self, p: Float[torch.Tensor, "pos d_sae"]) -> Bool[torch.Tensor, "pos d_sae"]:
@@ -66,52 +95,98 @@ class Dictionary:
     def activations(self, x: Float[torch.Tensor, "pos d_in"]) -> Float[torch.Tensor, "pos d_sae"]:
         """a, zero where a feature does not fire."""
         p = self.pre_activations(x)
-        return p * self.active(p)
+        return torch.where(self.active(p), p, 0)
+
+    def reconstruct(self, x: Float[torch.Tensor, "pos d_in"]) -> Float[torch.Tensor, "pos d_out"]:
+        """x_hat = a W_dec + b_dec."""
+        x_hat = self.activations(x) @ self.W_dec + self.b_dec
+        return x_hat * x.std(1, keepdim=True) + x.mean(1, keepdim=True) if self.layer_norm else x_hat
 
     def encoder(self, index: Int[torch.Tensor, " n"]) -> Float[torch.Tensor, "n d_in"]:
         """The encoder rows of some features."""
         return self.W_enc.T[index]
 
-    def constants(self, index: Int[torch.Tensor, " n"]) -> Float[torch.Tensor, " n"]:
-        """b_enc - b_in . enc of some features: their pre-activations on an input of zero."""
-        return self.b_enc[index] - self.encoder(index) @ self.b_in
+    @cached_property
+    def constant(self) -> Float[torch.Tensor, " d_sae"]:
+        """b_enc - b_in . enc: the features' pre-activations on an input of zero."""
+        return self.b_enc - self.b_in @ self.W_enc
 
 
-def load_dictionaries(directory: Path, model: LanguageModel) -> list[Dictionary]:
-    """The dictionaries in `directory`, one folder each, for every site of every layer of `model`.
-
-    Raises AtlasError when a site has none or two, when one does not fit the model, is of a kind that
-    the atlas cannot read, or holds a number that is not finite.
-    """
-    folders = sorted(p.parent for p in directory.glob("*/cfg.json"))
-    if not folders:
+def places_in(directory: Path) -> list[Place]:
+    """The dictionaries in `directory`, one folder each. Raises AtlasError when there is none."""
+    places = [Place(file.parent) for file in sorted(directory.glob("*/cfg.json"))]
+    if not places:
         raise AtlasError(f"No dictionaries in {directory}: one folder each is expected, with cfg.json inside.")
+    return places
+
+
+def weights_of(place: Place) -> str:
+    """The convention of the model's weights that a dictionary was trained on (CONVENTIONS of the registry).
+
+    The registry's word; else `weights` in the metadata of cfg.json, else SAELens' `model_from_pretrained_kwargs`,
+    else processed. Raises AtlasError where that is no convention.
+    """
+    if place.origin is not None:
+        return place.origin.weights
+    config = _config(place.folder)
+    metadata = config.get("metadata") or config
+    arguments = metadata.get("model_from_pretrained_kwargs")
+    weights = metadata.get("weights") or (
+        convention(place.folder, arguments) if isinstance(arguments, dict) else "processed"
+    )
+    if weights not in CONVENTIONS:
+        raise AtlasError(f"{place.folder} says it was trained on {weights!r} weights, not {', '.join(CONVENTIONS)}.")
+    return weights
+
+
+def layer_of(folder: Path) -> int:
+    """The layer of the dictionary in `folder`. Raises AtlasError where it reads no site of the atlas."""
+    config = _config(folder)
+    metadata = config.get("metadata") or config
+    return _site(str(metadata.get("hook_name") or metadata.get("hook_point") or ""), folder)[0]
+
+
+def load_dictionaries(
+    places: Sequence[Place], model: LanguageModel, layers: frozenset[int] | None = None
+) -> list[Dictionary]:
+    """A dictionary for every site of every layer of `model`: attn and mlp of each layer in turn.
+
+    Sites outside of `layers` get one without features, so that all that they write is reconstruction error.
+    Raises AtlasError when another site has none, when one has two, when a dictionary does not fit the model, is
+    of a kind that the atlas cannot read, or holds a number that is not finite.
+    """
     found: dict[tuple[int, str], Dictionary] = {}
-    for folder in folders:
-        dictionary = load_dictionary(folder, model)
+    for place in places:
+        dictionary = load_dictionary(place.folder, model, place.origin)
         site = (dictionary.record.layer, dictionary.record.site)
         if site in found:
-            raise AtlasError(f"{folder} is a second dictionary for layer {site[0]} {site[1]}; keep one of them.")
+            raise AtlasError(f"{place.folder} is a second dictionary for layer {site[0]} {site[1]}; keep one of them.")
         found[site] = dictionary
     sites = [(layer, site) for layer in range(model.record.n_layers) for site in ("attn", "mlp")]
     for layer, site in sites:
+        if (layer, site) not in found and layers is not None and layer not in layers:
+            found[layer, site] = _no_features(model, layer, site)
         if (layer, site) not in found:
-            raise AtlasError(f"{directory} has no dictionary for layer {layer} {site}; every site needs one.")
+            where = ", ".join(dict.fromkeys(str(place.folder.parent) for place in places))
+            raise AtlasError(f"{where} has no dictionary for layer {layer} {site}; every site needs one.")
     return [found[site] for site in sites]
 
 
-def load_dictionary(folder: Path, model: LanguageModel) -> Dictionary:
+def load_dictionary(folder: Path, model: LanguageModel, origin: Origin | None = None) -> Dictionary:
     """The dictionary in `folder`, in SAELens' format, checked against `model`."""
+    weights = weights_of(Place(folder, origin))
     sae = _load_sae(folder)
-    config = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
-    metadata: dict[str, Any] = config.get("metadata") or {}
-    architecture = sae.cfg.architecture()
-    if architecture not in ACTIVATIONS:
-        raise AtlasError(f"{folder} is a {architecture!r} dictionary; the atlas reads {', '.join(ACTIVATIONS)}.")
-    if sae.cfg.normalize_activations != "none":
-        raise AtlasError(f"{folder} normalises its input by {sae.cfg.normalize_activations!r}, which is not supported.")
+    metadata: dict[str, Any] = sae.cfg.metadata.to_dict()
     hook_in = str(metadata.get("hook_name") or "")
     layer, site = _site(hook_in, folder)
+    architecture = _check_kind(folder, sae, site)
+    if model.record.weight_processing != processing(weights):
+        raise AtlasError(
+            f"{folder} was trained on {weights} weights, but model {model.record.id} was loaded with "
+            f"{model.record.weight_processing}."
+        )
+    if weights != "processed" and site == "mlp":
+        raise AtlasError(f"{folder} is a transcoder of {weights} weights; the atlas reads those of processed weights.")
     tensors = {name: value.detach().to(model.weights.W_V.dtype) for name, value in sae.state_dict().items()}
     for name, value in tensors.items():
         if not torch.isfinite(value).all():
@@ -119,8 +194,9 @@ def load_dictionary(folder: Path, model: LanguageModel) -> Dictionary:
     d_in, d_sae = tensors["W_enc"].shape
     d_out = tensors["W_dec"].shape[1]
     _check_fit(folder, model, layer, hook_in, d_in, d_out)
+    name = origin.name if origin else neuronpedia_source(metadata.get("neuronpedia_id"))
     record = DictionaryRecord(
-        id=f"{model.record.id}/{layer}/{site}",
+        id=f"{model.record.id}/{layer}/{site}" + (f"/{name}" if name else ""),
         layer=layer,
         site=site,
         kind="sae" if site == "attn" else "transcoder",
@@ -129,12 +205,11 @@ def load_dictionary(folder: Path, model: LanguageModel) -> Dictionary:
         hook_out=str(metadata.get("hook_name_out") or hook_in),
         d_in=d_in,
         d_sae=d_sae,
-        source=str(metadata.get("source") or folder.parent.name),
-        revision=str(metadata.get("revision") or "local"),
+        source=origin.source if origin else str(metadata.get("source") or folder.parent.name),
+        revision=origin.revision if origin else str(metadata.get("revision") or "local"),
         sha256=sha256(folder / "sae_weights.safetensors"),
-        explained_variance=metadata.get("explained_variance"),
-        l0=metadata.get("l0"),
     )
+    record = replace(record, **_quality(folder, record.sha256, metadata))
     b_dec = tensors["b_dec"]
     return Dictionary(
         W_enc=tensors["W_enc"].T.contiguous().T,
@@ -146,6 +221,7 @@ def load_dictionary(folder: Path, model: LanguageModel) -> Dictionary:
         k=getattr(sae.cfg, "k", None),
         record=record,
         mean=_mean(folder, record, b_dec.dtype),
+        layer_norm=sae.cfg.normalize_activations == "layer_norm",
     )
 
 
@@ -171,6 +247,67 @@ def _mean(folder: Path, record: DictionaryRecord, dtype: torch.dtype) -> Float[t
     if mean.shape != (record.d_sae,) or not torch.isfinite(mean).all():
         raise AtlasError(f"{file} does not hold a finite mean for each of {record.d_sae} features; remove it.")
     return mean
+
+
+def _quality(folder: Path, weights_sha256: str, metadata: dict[str, Any]) -> dict[str, Any]:
+    """What was measured of a dictionary: beside it by `atlas dictionaries measure`, or by who trained it."""
+    names = ("explained_variance", "l0", "loss_kept", "error_share", "measured_on")
+    file = folder / QUALITY
+    if not file.is_file():
+        return {name: metadata.get(name) for name in names}
+    try:
+        measured = json.loads(file.read_text(encoding="utf-8"))
+        if measured["sha256"] == weights_sha256:
+            return {name: measured[name] for name in names}
+    except (ValueError, TypeError, KeyError) as error:
+        raise AtlasError(f"{file} cannot be read ({cause(error)}); remove it, and measure anew.") from error
+    raise AtlasError(f"{file} is of other weights; remove it, or measure anew: atlas dictionaries measure.")
+
+
+def _no_features(model: LanguageModel, layer: int, site: str) -> Dictionary:
+    """A dictionary without features: what its site writes is error altogether."""
+    zeros = torch.zeros(model.record.d_model, dtype=model.weights.W_V.dtype)
+    record = DictionaryRecord(
+        id=f"{model.record.id}/{layer}/{site}/none",
+        layer=layer,
+        site=site,
+        kind="sae" if site == "attn" else "transcoder",
+        activation="relu",
+        hook_in=f"blocks.{layer}." + ("hook_attn_out" if site == "attn" else "ln2.hook_normalized"),
+        hook_out=f"blocks.{layer}." + ("hook_attn_out" if site == "attn" else "hook_mlp_out"),
+        d_in=len(zeros),
+        d_sae=0,
+        source="none",
+        revision="none",
+        sha256="none",
+    )
+    empty = zeros.new_zeros(0, len(zeros))
+    return Dictionary(empty.T, empty[:, 0], zeros, empty, zeros, None, None, record, mean=empty[:, 0])
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AtlasError(f"{folder / 'cfg.json'} cannot be read as JSON ({cause(error)}).") from error
+    if not isinstance(config, dict) or not isinstance(config.get("metadata") or {}, dict):
+        raise AtlasError(f"{folder / 'cfg.json'} is no configuration of a dictionary.")
+    return config
+
+
+def _check_kind(folder: Path, sae: Any, site: str) -> str:
+    """SAELens' name of the architecture. Raises AtlasError where the atlas has no arithmetic for it."""
+    architecture: str = sae.cfg.architecture()
+    if architecture.startswith("skip_"):
+        raise AtlasError(f"{folder} is a skip transcoder; its linear path W_skip x is not supported yet.")
+    if architecture not in ACTIVATIONS:
+        raise AtlasError(f"{folder} is a {architecture!r} dictionary; the atlas reads {', '.join(ACTIVATIONS)}.")
+    normalised = sae.cfg.normalize_activations
+    if normalised != "none" and (normalised, site) != ("layer_norm", "attn"):
+        raise AtlasError(f"{folder} normalises its input by {normalised!r}, which is not supported.")
+    if sae.cfg.metadata.hook_head_index is not None:
+        raise AtlasError(f"{folder} reads one head alone (hook_head_index), which is not supported.")
+    return architecture
 
 
 def _load_sae(folder: Path) -> Any:

@@ -114,9 +114,7 @@ def incoming_direct(targets: Targets, resid: Float[torch.Tensor, "target d_model
 
 
 def incoming_ov(targets: AttentionTargets, model: ReplacementModel) -> Float[torch.Tensor, "target head key"]:
-    """All that reaches attention features, by head and position; in float64."""
+    """All that reaches attention features, by head and position."""
     layer, trace = targets.layer, model.trace
-    stream = (trace.resid_pre[layer] / trace.sigma_pre[layer][:, None]).double()
-    value = head_values(stream, model.weights.W_V[layer].double())
-    moved = torch.einsum("nhe,she->nhs", targets.z_read.double(), value)
-    return moved * trace.pattern[layer][:, targets.position].transpose(0, 1)
+    moved = torch.einsum("nhe,she->nhs", targets.z_read, trace.v[layer] - model.weights.b_V[layer])
+    return (moved * trace.pattern[layer][:, targets.position].transpose(0, 1)).double()

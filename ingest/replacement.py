@@ -90,13 +90,13 @@ class ReplacementModel:
 
     def constants(self, layer: int, site: str, index: Int[torch.Tensor, " n"]) -> Float[torch.Tensor, " n"]:
         """The part of features' pre-activations that no node sends: encoder biases, and b_V (b_O) where unfolded."""
+        dictionary = self.site(layer, site).dictionary
         if site == "mlp":
-            return self.mlp[layer].dictionary.constants(index)
-        read = self.z_read(layer, index)
-        constant = self.attn[layer].dictionary.constants(index) + (read * self.weights.b_V[layer]).sum((1, 2))
-        if self.attn[layer].on_z:
-            return constant
-        return constant + self.attn[layer].dictionary.encoder(index) @ self.weights.b_O[layer]
+            return dictionary.constant[index]
+        moved = self.weights.b_V[layer].flatten()
+        if not self.attn[layer].on_z:
+            moved = moved @ self.W_O(layer) + self.weights.b_O[layer]
+        return dictionary.constant[index] + (dictionary.encoder(index) @ moved if moved.any() else 0)
 
 
 def centre(x: Float[torch.Tensor, "*n d_model"]) -> Float[torch.Tensor, "*n d_model"]:

@@ -181,16 +181,14 @@ def _moved_share(
 
     BOS is not counted: heads rest on it when they have nothing to do.
     """
-    trace, weights = model.trace, model.weights
+    trace = model.trace
     read = centre(model.mlp[layer].dictionary.encoder(index)) / trace.sigma_mid[layer][position, None]
     moved = torch.zeros_like(value)
     for i in range(layer + 1):
-        pattern = trace.pattern[i].tril(-1).clone()
-        pattern[:, :, 0] = 0
-        normalised = centre(trace.resid_pre[i]) / trace.sigma_pre[i][:, None]
-        v = torch.einsum("sd,hde->she", normalised, weights.W_V[i]) + weights.b_V[i]
-        z = torch.einsum("hts,she->the", pattern, v)
-        moved += ((z.flatten(1) @ model.W_O(i))[position] * read).sum(1)
+        at = trace.pattern[i][:, position].movedim(0, 1)
+        own = at.gather(2, position[:, None, None].expand(-1, at.shape[1], 1)) * trace.v[i][position]
+        z = trace.z[i][position] - own - at[:, :, :1] * trace.v[i][0]
+        moved += ((z.flatten(1) @ model.W_O(i)) * read).sum(1)
     return moved / value
 
 

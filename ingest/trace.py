@@ -19,6 +19,7 @@ class Trace:
     sigma_pre: Float[torch.Tensor, "layer pos"]
     sigma_mid: Float[torch.Tensor, "layer pos"]
     sigma_final: Float[torch.Tensor, " pos"]
+    v: Float[torch.Tensor, "layer pos head d_head"]
     z: Float[torch.Tensor, "layer pos head d_head"]
     attn_out: Float[torch.Tensor, "layer pos d_model"]
     mlp_in: Float[torch.Tensor, "layer pos d_model"]
@@ -33,7 +34,7 @@ class Trace:
 def trace(model: LanguageModel, tokens: list[int]) -> Trace:
     """Run `model` once on `tokens` and keep its patterns, layer-norm scales and the sites' inputs and outputs."""
     ids = torch.tensor([tokens])
-    per_layer = ("attn.hook_pattern", "ln1.hook_scale", "ln2.hook_scale", "attn.hook_z", "hook_attn_out",
+    per_layer = ("attn.hook_pattern", "ln1.hook_scale", "ln2.hook_scale", "attn.hook_v", "attn.hook_z", "hook_attn_out",
                  "ln2.hook_normalized", "hook_mlp_out", "hook_resid_pre", "hook_resid_mid")  # fmt: skip
     layers = range(model.record.n_layers)
     last = f"blocks.{layers[-1]}.hook_resid_post"
@@ -52,6 +53,7 @@ def trace(model: LanguageModel, tokens: list[int]) -> Trace:
         sigma_pre=stacked("ln1.hook_scale").squeeze(-1),
         sigma_mid=stacked("ln2.hook_scale").squeeze(-1),
         sigma_final=cache["ln_final.hook_scale"][0].squeeze(-1),
+        v=stacked("attn.hook_v"),
         z=stacked("attn.hook_z"),
         attn_out=stacked("hook_attn_out"),
         mlp_in=stacked("ln2.hook_normalized"),
