@@ -45,13 +45,16 @@ class _Commands(click.Group):
 
 
 _SENTENCES = {
+    "browser": "Say where Neo4j Browser is, and check its style and saved queries.",
+    "compare": "Draw two circuits over each other.",
     "cypher": "Run a Cypher query and print its rows.",
     "dictionaries": "Convert and measure dictionaries.",
     "ingest": "Trace prompts and store their circuits.",
     "labels": "Import labels of features.",
+    "map": "Draw which feature feeds which over all prompts.",
     "queries": "List the questions with their parameters.",
     "query": "Ask one of the questions by name.",
-    "show": "Show a circuit as a tree.",
+    "show": "Show a circuit as a tree or a picture.",
     "status": "Say what a store holds.",
     "verify": "Check everything that must hold in a store.",
 }

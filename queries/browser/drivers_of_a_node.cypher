@@ -1,0 +1,19 @@
+// What drives one node: its 15 strongest edges, by head, and what each is a feature of
+// Put a node's id between the quotes; without one, the root of the most complete circuit is taken.
+WITH '' AS given
+CALL (given) {
+  MATCH (n:CircuitNode {id: given})
+  RETURN n
+  UNION
+  UNWIND CASE WHEN given = '' THEN [true] ELSE [] END AS any
+  MATCH (c:Circuit)
+  WITH c ORDER BY c.completeness DESC, c.id LIMIT 1
+  MATCH (c)-[:ROOT]->(n:CircuitNode)
+  RETURN n
+}
+MATCH (s:CircuitNode)-[e:DIRECT|OV]->(n)
+WITH s, e, n
+ORDER BY abs(e.weight) DESC, s.id
+LIMIT 15
+OPTIONAL MATCH (s)-[of:OF]->(f:Feature)
+RETURN s, e, n, of, f
