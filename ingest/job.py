@@ -8,8 +8,10 @@ thread writes while the next prompt is computed.
 
 import hashlib
 import json
+import math
 import queue
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -31,11 +33,12 @@ AHEAD = 2  # prompts computed and waiting for the writer
 
 @dataclass(frozen=True)
 class Task:
-    """A prompt that is ready to be traced."""
+    """A prompt that is ready to be traced; `requests` are asked of it besides those of the run."""
 
     prompt: Prompt
     id: str
     tokens: list[int]
+    requests: Sequence[CircuitRequest] = ()
 
 
 @dataclass
@@ -67,8 +70,8 @@ def prepare_tasks(setup: Setup, prompts: Iterable[Prompt], truncate: bool, compl
         if len(tokens) > n_ctx:
             tokens = tokens[:n_ctx]
             prompt = replace(prompt, text=setup.model.text(tokens[1:]))
-        prompt_id = _prompt_id(setup, tokens)
-        tasks.setdefault(prompt_id, Task(prompt, prompt_id, tokens))
+        id = prompt_id(setup, tokens)
+        tasks.setdefault(id, Task(prompt, id, tokens))
     return list(tasks.values())
 
 
@@ -84,8 +87,12 @@ def run(
     requests: Sequence[CircuitRequest],
     complain: Complain,
     progress: Callable[[Summary], None],
+    until: float = math.inf,
 ) -> Summary:
-    """Ingest `tasks`, calling `progress` after each; a KeyboardInterrupt leaves whole prompts only."""
+    """Ingest `tasks`, calling `progress` after each; a KeyboardInterrupt leaves whole prompts only.
+
+    No task is begun after `until` (time.monotonic()).
+    """
     summary = Summary()
     config = json.dumps({"model": setup.record.name, "requests": [request.stored for request in requests]})
     run_id = str(uuid.uuid4())
@@ -97,6 +104,8 @@ def run(
     try:
         try:
             for task in tasks:
+                if time.monotonic() >= until:
+                    break
                 _ingest(writer, setup, task, stored.get(task.id, ()), requests, complain, summary)
                 progress(summary)
         finally:
@@ -119,7 +128,7 @@ def _ingest(
     complain: Complain,
     summary: Summary,
 ) -> None:
-    wanted = _merge(setup, stored, requests)
+    wanted = _merge(setup, stored, [*requests, *task.requests])
     if {request.stored for request in wanted} == set(stored):
         summary.skipped += 1
         return
@@ -147,7 +156,8 @@ def _merge(setup: Setup, stored: Sequence[str], requests: Sequence[CircuitReques
     return list(merged.values())
 
 
-def _prompt_id(setup: Setup, tokens: list[int]) -> str:
+def prompt_id(setup: Setup, tokens: list[int]) -> str:
+    """A prompt's id: a hash of the replacement model and the token ids."""
     text = f"{setup.record.id}:{','.join(map(str, tokens))}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
