@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from atlas.text import visible
+
 FORMATS = ("table", "csv", "json")
 
 
@@ -67,11 +69,6 @@ def short(value: Any) -> str:
             + "]"
         )
     return visible(str(value))
-
-
-def visible(text: str) -> str:
-    """The text with every character that cannot be printed, line ends too, as its escape."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _drawn(frame: pd.DataFrame) -> Table:

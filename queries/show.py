@@ -10,6 +10,7 @@ the whole is the rest: the weaker drivers, the constant, and what the circuit do
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import click
@@ -20,9 +21,10 @@ from rich.tree import Tree
 
 import atlas
 import queries
-from atlas import Store
 from atlas.cli import store_option
-from atlas.errors import AtlasError
+from atlas.views.circuit import picture
+from queries.find import find
+from queries.pictures import picture_options, write_picture
 from queries.render import visible
 
 _STYLES = {
@@ -35,7 +37,6 @@ _STYLES = {
     "Logit": "blue",
 }
 
-_FIND = "MATCH (c:Circuit) WHERE c.id CONTAINS $part RETURN c.id AS id ORDER BY id LIMIT 6"
 _HEAD = """
 MATCH (p:Prompt)-[:HAS_CIRCUIT]->(c:Circuit {id: $circuit})-[:ROOT]->(root:CircuitNode)-[:AT]->(token:Token)
 OPTIONAL MATCH (root)-[:OF]->(f:Feature)
@@ -154,19 +155,6 @@ def draw(branch: Branch) -> Tree:
     return drawn
 
 
-def find(store: Store, part: str) -> str:
-    """The id of the one circuit whose id is `part` or contains it; raises AtlasError unless there is one."""
-    if len(store.read("MATCH (c:Circuit {id: $part}) RETURN c.id AS id", part=part)):
-        return part
-    found = [str(id) for id in store.read(_FIND, part=part)["id"]]
-    if not found:
-        raise AtlasError(f"No circuit's id contains {part!r}; `atlas query circuits --format csv` lists them.")
-    if len(found) > 1:
-        named = ", ".join(found[:5]) + (", and more" if len(found) > 5 else "")
-        raise AtlasError(f"{part!r} is part of more than one circuit's id: {named}.")
-    return found[0]
-
-
 @click.command()
 @click.argument("circuit")
 @click.option("--depth", type=click.IntRange(1), default=3, show_default=True, help="Levels below the root.")
@@ -178,14 +166,27 @@ def find(store: Store, part: str) -> str:
     show_default=True,
     help="Least share of a node's pre-activation, of either sign.",
 )
+@picture_options
 @store_option
-def show(circuit: str, depth: int, top: int, min_share: float, store: str | None) -> None:
-    """Show a circuit as a tree: its root, what drives it, and what drives that.
+def show(
+    circuit: str,
+    depth: int,
+    top: int,
+    min_share: float,
+    html: Path | None,
+    svg: Path | None,
+    png: Path | None,
+    store: str | None,
+) -> None:
+    """Show a circuit as a tree, or draw it: its root, what drives it, and what drives that.
 
     CIRCUIT is a circuit's id, or a part of it that no other circuit's id has.
     """
     with atlas.connect(store, create=False) as opened:
         found = find(opened, circuit)
+        if html or svg or png:
+            write_picture(picture(opened, found), html, svg, png)
+            return
         head = cast(dict[str, Any], opened.read(_HEAD, circuit=found).iloc[0].to_dict())
         tokens = opened.read(_TOKENS, prompt=head["prompt"])
         edges = queries.circuit(opened, found)
