@@ -46,7 +46,10 @@ class ModelRecord:
 
 @dataclass(frozen=True)
 class DictionaryRecord:
-    """A sparse dictionary at one site of one layer: `site` is attn or mlp, `kind` sae or transcoder."""
+    """A sparse dictionary at one site of one layer: `site` is attn or mlp, `kind` sae or transcoder.
+
+    What was measured of it is None where it was not: see ingest/quality.py.
+    """
 
     id: str
     layer: int
@@ -62,6 +65,9 @@ class DictionaryRecord:
     sha256: str
     explained_variance: float | None = None
     l0: float | None = None
+    loss_kept: float | None = None
+    error_share: float | None = None
+    measured_on: str | None = None
 
 
 @dataclass(frozen=True)
@@ -237,6 +243,36 @@ class CircuitRecord:
     error_share: float
     pruned_share: float
     shares: SharesRecord | None = None
+
+
+@dataclass(frozen=True)
+class MultiTokenRecord:
+    """A multi-token circuit (METHOD 8): a span (one feature) or a chain (one feature a token), from `start` to `end`.
+
+    `joins` are the ids of the stored circuits of its roots, in the tokens' order. What is None was not
+    measured: a null without a draw has no mean, and a first token without a feature nothing to ablate.
+    """
+
+    id: str
+    prompt: str
+    form: str
+    start: int
+    end: int
+    text: str
+    joins: tuple[str, ...]
+    crossing_weight: float
+    crossing_leaves: float
+    null_n: int
+    shuffled_n: int
+    p_value: float
+    q_value: float
+    null_mean: float | None = None
+    null_sd: float | None = None
+    shuffled_mean: float | None = None
+    ablated_to: str | None = None
+    n_ablated: int | None = None
+    lost: float | None = None
+    lost_random: float | None = None
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 A prompt's earlier version is deleted and the new one created in the same transaction, so the database
 holds the old version whole or the new one whole, and never a prompt twice. Rows go by UNWIND: nodes by
 CREATE with all their labels at once, together with their AT and OF; edges by two look-ups on the key and
-CREATE. Features are made when first seen, and stay when a prompt goes. Every statement says how many rows
+CREATE. Features are made when first seen, and stay when a prompt goes. A prompt's
+multi-token circuits, which are found over what is stored, are kept when it is replaced. Every statement says how many rows
 it wrote, and a row that found no partner fails the whole transaction.
 """
 
@@ -20,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atlas import feeds
+from atlas import multitoken
 from atlas.errors import AtlasError
 from atlas.records import Kind, NodeRecord, PromptRecord, ReplacementModelRecord, RunRecord
 from atlas.schema import PROMPT_LABELS
@@ -127,6 +129,7 @@ def stored_requests(store: Store, prompt_ids: Sequence[str]) -> dict[str, tuple[
 
 def _write_prompt(transaction: neo4j.ManagedTransaction, prompt: PromptRecord, run_id: str) -> WriteCounts:
     fed = feeds.of_stored(transaction, prompt.id)
+    joined = multitoken.stored(transaction, prompt.id)
     replaced = _delete(transaction, prompt.id)
     _write_text(transaction, prompt, run_id)
     _write_features(transaction, prompt)
@@ -136,6 +139,7 @@ def _write_prompt(transaction: neo4j.ManagedTransaction, prompt: PromptRecord, r
     _write_edges(transaction, prompt)
     _write_scores(transaction, prompt)
     _write_circuits(transaction, prompt)
+    multitoken.restore(transaction, joined)
     n_edges = len(prompt.direct.weight) + len(prompt.ov.weight)
     return WriteCounts(len(prompt.nodes), n_edges, len(prompt.circuits), len(prompt.firings), replaced)
 

@@ -146,8 +146,8 @@ def graph_in(store: Store, prompt: str) -> Graph:
         ),
         "scores": sorted(
             rows(
-                "MATCH (k:Token)<-[:KEY]-(a:AttentionScore {prompt: $prompt})-[:QUERY]->(q:Token) RETURN a.id, a.layer, "
-                "a.head, a.query, a.key, a.score, a.pattern, a.unstored, q.id AS at_query, k.id AS at_key"
+                "MATCH (k:Token)<-[:KEY]-(a:AttentionScore {prompt: $prompt})-[:QUERY]->(q:Token) RETURN a.id, "
+                "a.layer, a.head, a.query, a.key, a.score, a.pattern, a.unstored, q.id AS at_query, k.id AS at_key"
             )
         ),
         "qk": sorted(

@@ -20,6 +20,7 @@ from atlas.records import (
     FiringRecord,
     Kind,
     ModelRecord,
+    MultiTokenRecord,
     NodeRecord,
     OVEdges,
     PromptRecord,
@@ -271,12 +272,39 @@ def _spans(firings: tuple[FiringRecord, ...], texts: tuple[str, ...]) -> tuple[S
     return tuple(spans)
 
 
+def synthetic_multitoken(record: PromptRecord) -> MultiTokenRecord:
+    """A chain of the two feature circuits of a synthetic prompt, which stand on its last two tokens."""
+    first, second = record.circuits[-2:]
+    end = len(record.token_ids) - 1
+    return MultiTokenRecord(
+        id=f"{record.id}/{end - 1}-{end}/chain/relative",
+        prompt=record.id,
+        form="chain",
+        start=end - 1,
+        end=end,
+        text="".join(record.token_texts[end - 1 :]),
+        joins=(first.id, second.id),
+        crossing_weight=0.4,
+        crossing_leaves=0.1,
+        null_n=9,
+        shuffled_n=0,
+        p_value=0.1,
+        q_value=0.2,
+        null_mean=0.05,
+        null_sd=0.1,
+        ablated_to="mean",
+        n_ablated=3,
+        lost=0.7,
+        lost_random=0.1,
+    )
+
+
 def _circuits(
     prompt: str, nodes: list[NodeRecord], direct: _Edges, ov: _Edges, rng: np.random.Generator
 ) -> tuple[CircuitRecord, ...]:
     pairs = list(zip([*direct.source, *ov.source], [*direct.target, *ov.target], strict=True))
     roots = [i for i, n in enumerate(nodes) if n.kind is Kind.LOGIT]
-    roots += [i for i, n in enumerate(nodes) if n.kind is Kind.MLP and n.position > 0][-2:]
+    roots += list({n.position: i for i, n in enumerate(nodes) if n.kind is Kind.MLP and n.position > 0}.values())[-2:]
     circuits: list[CircuitRecord] = []
     for root in roots:
         members = sorted({root} | {s for s, t in pairs if t == root} | {s for s, _ in pairs if rng.uniform() < 0.1})
