@@ -13,6 +13,7 @@ import json
 import logging
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,8 +88,8 @@ def load_model(name: str, dtype: torch.dtype = torch.float32, weights: str = "pr
     """
     directory, id, revision = _locate(name)
     _check_directory(name, directory)
-    steps = CONVENTIONS[weights] | {"fold_ln"}
-    bridge = _boot(name, directory, steps)
+    steps = processing(weights)
+    bridge = _boot(name, directory, steps.split(","))
     if dtype is not torch.float32:
         with contextlib.redirect_stdout(io.StringIO()):
             bridge = bridge.to(dtype)
@@ -105,9 +106,14 @@ def load_model(name: str, dtype: torch.dtype = torch.float32, weights: str = "pr
         n_ctx=bridge.cfg.n_ctx,
         d_vocab=bridge.cfg.d_vocab,
         revision=revision,
-        weight_processing=",".join(step for step in STEPS if step in steps),
+        weight_processing=steps,
     )
     return LanguageModel(bridge, bridge.tokenizer, _weights(bridge), record)
+
+
+def processing(weights: str) -> str:
+    """The processing of the model for dictionaries of a convention, as it is recorded."""
+    return ",".join(step for step in STEPS if step in CONVENTIONS[weights] | {"fold_ln"})
 
 
 def _locate(name: str) -> tuple[Path, str, str]:
@@ -140,7 +146,7 @@ def _check_directory(name: str, directory: Path) -> None:
         raise AtlasError(f"Model {name!r} is of type {kind!r}; the atlas reads GPT-2's architecture only.")
 
 
-def _boot(name: str, directory: Path, steps: frozenset[str]) -> Any:
+def _boot(name: str, directory: Path, steps: Sequence[str]) -> Any:
     """Load through TransformerBridge, which prints and warns about what no user needs to know."""
     from transformer_lens.model_bridge import TransformerBridge
     from transformers.utils import logging as transformers_logging

@@ -1,5 +1,6 @@
 """A model with its dictionaries, loaded and checked: all that tracing a prompt needs."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,8 +8,20 @@ import torch
 
 from atlas.errors import AtlasError
 from atlas.records import ReplacementModelRecord
-from ingest.dictionaries import Dictionary, load_dictionaries, replacement_id
+from ingest.convert import convert
+from ingest.dictionaries import (
+    Dictionary,
+    Origin,
+    Place,
+    layer_of,
+    load_dictionaries,
+    places_in,
+    replacement_id,
+    weights_of,
+)
+from ingest.hub import cache_folder, commit_of, fetch
 from ingest.model import MINI, LanguageModel, load_model
+from ingest.registry import DEFAULTS, SETS, DictionarySet, layers_of, published_set
 from ingest.replacement import ReplacementModel, replacement_model
 from ingest.trace import trace
 
@@ -26,20 +39,86 @@ class Setup:
         return replacement_model(trace(self.model, tokens), self.model.weights, self.dictionaries)
 
 
-def set_up(name: str, dtype: torch.dtype = torch.float32) -> Setup:
-    """The model `name` (see `load_model`) with the dictionaries in its folder `dictionaries`.
+def set_up(
+    name: str,
+    dtype: torch.dtype = torch.float32,
+    dictionaries: Sequence[str] = (),
+    layers: frozenset[int] | None = None,
+) -> Setup:
+    """The model `name` (see `load_model`) with dictionaries: see `places_for`.
 
-    Raises AtlasError when either cannot be used.
+    Raises AtlasError when either cannot be used, or when they do not belong together.
     """
-    model = load_model(name, dtype)
-    directory = (MINI if name == "mini" else Path(name)) / "dictionaries"
-    if not directory.is_dir():
-        raise AtlasError(f"Model {name!r} has no dictionaries: put them into {directory}, one folder each.")
-    dictionaries = load_dictionaries(directory, model)
+    model, places = load_with_places(name, dtype, dictionaries, layers)
+    found = load_dictionaries(places, model, layers)
+    for dictionary in found:
+        if dictionary.layer_norm:
+            raise AtlasError(
+                f"{dictionary.record.id} ({dictionary.record.source}) normalises its input token by token: its read "
+                "vectors and biases differ from token to token, which attribution does not carry yet. It can be "
+                "measured: atlas dictionaries measure."
+            )
     record = ReplacementModelRecord(
-        id=replacement_id(model, dictionaries),
+        id=replacement_id(model, found),
         name=model.record.id,
         model=model.record,
-        dictionaries=tuple(dictionary.record for dictionary in dictionaries),
+        dictionaries=tuple(dictionary.record for dictionary in found if dictionary.record.d_sae),
     )
-    return Setup(model, dictionaries, record)
+    return Setup(model, found, record)
+
+
+def load_with_places(
+    name: str,
+    dtype: torch.dtype = torch.float32,
+    dictionaries: Sequence[str] = (),
+    layers: frozenset[int] | None = None,
+) -> tuple[LanguageModel, list[Place]]:
+    """The model with the weights that its dictionaries were trained on, and where these lie."""
+    places = places_for(name, dictionaries, layers)
+    weights = {weights_of(place): place for place in places}
+    if len(weights) > 1:
+        said = " and ".join(f"{place.folder} on {name}" for name, place in weights.items())
+        raise AtlasError(
+            f"Dictionaries that were trained on different weights of the model cannot be mixed: {said} weights."
+        )
+    return load_model(name, dtype, next(iter(weights))), places
+
+
+def places_for(name: str, dictionaries: Sequence[str], layers: frozenset[int] | None) -> list[Place]:
+    """Where the dictionaries lie: each of `dictionaries` is a folder of folders or a set's name in the registry.
+
+    Without any, those in the model's folder `dictionaries`, or the default sets of a published model. What is not
+    in the hub's cache is downloaded, and converted where it must be; `layers` takes a part.
+    """
+    inside = (MINI if name == "mini" else Path(name)) / "dictionaries"
+    base = name.partition("@")[0]
+    chosen = list(dictionaries) or ([] if inside.is_dir() else list(DEFAULTS.get(base, ())))
+    if not chosen and not inside.is_dir():
+        raise AtlasError(
+            f"Model {name!r} has no dictionaries: put them into {inside}, one folder each, or give --dictionaries, "
+            f"a folder or one of {', '.join(SETS)}."
+        )
+    places: list[Place] = []
+    for each in chosen or [str(inside)]:
+        if Path(each).is_dir():
+            places += [p for p in places_in(Path(each)) if layers is None or layer_of(p.folder) in layers]
+            continue
+        entry = published_set(each)
+        if entry.model != base and not Path(name).is_dir():
+            raise AtlasError(f"{entry.name} is for model {entry.model}, not {name}.")
+        places += [_fetched(entry, layer) for layer in layers_of(entry, layers)]
+    if not places:
+        raise AtlasError(f"No dictionary is for the layers asked for ({', '.join(map(str, sorted(layers or ())))}).")
+    return places
+
+
+def _fetched(entry: DictionarySet, layer: int) -> Place:
+    """One dictionary of a published set, downloaded and converted unless that was done before."""
+    files = fetch(entry.repository, entry.revision, entry.files[layer])
+    commit = commit_of(files[0])
+    origin = Origin(entry.source, entry.repository, commit, entry.weights)
+    if entry.form == "saelens":
+        return Place(files[0].parent, origin)
+    converted = cache_folder() / entry.repository / commit
+    folder = converted / f"{layer}.{entry.site}"
+    return Place(folder if folder.is_dir() else convert(files[-1], converted), origin)
