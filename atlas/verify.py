@@ -23,7 +23,7 @@ from atlas.cli import store_option
 from atlas.store import Store, connect
 
 TOLERANCE = 1e-4
-PROMPTS_PER_QUERY = 20
+THINGS_PER_QUERY = 20
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,15 @@ class Check:
 class _Question:
     """A check as Cypher that ends with `id`, `ok` and `residual` of each thing in scope.
 
-    With `per_prompt` it is asked of $prompts, a list of ids; otherwise once of the whole store.
+    It is asked of $prompts, a list of ids, with `per_feature` of $features, and without both once of
+    the whole store.
     """
 
     name: str
     sentence: str
     cypher: str
     per_prompt: bool = True
+    per_feature: bool = False
 
 
 _SUMMARY = """
@@ -197,13 +199,31 @@ QUESTIONS = (
         "every circuit has its prompt, one ROOT among its nodes, and n_nodes of these, each once and of its prompt",
         """
         UNWIND $prompts AS prompt
-        MATCH (c:Circuit {prompt: prompt})
+        MATCH (c:Circuit {prompt: prompt}) WHERE NOT c:MultiToken
         OPTIONAL MATCH (c)-[:INCLUDES]->(v:CircuitNode)
         WITH c, count(v) AS n, count(DISTINCT v) AS different, collect(DISTINCT v.prompt) AS prompts
         WITH c, n, different, prompts, COUNT { (:Prompt {id: c.prompt})-[:HAS_CIRCUIT]->(c) } AS owners,
              COUNT { (c)-[:ROOT]->(:CircuitNode) } AS roots, COUNT { (c)-[:ROOT]->()<-[:INCLUDES]-(c) } AS included
         WITH c.id AS id, null AS residual, owners = 1 AND roots = 1 AND included = 1 AND n = c.n_nodes AND different = n
              AND prompts = [c.prompt] AND c.id STARTS WITH c.prompt + '/' AND c.id ENDS WITH '/' + c.rule AS ok
+        """,
+    ),
+    _Question(
+        "multi-token",
+        "every multi-token circuit joins a circuit of each token of its span, has its root, and is their union",
+        """
+        UNWIND $prompts AS prompt
+        MATCH (:Prompt {id: prompt})-[:HAS_CIRCUIT]->(m:MultiToken)
+        OPTIONAL MATCH (m)-[j:JOINS]->(c:Circuit)-[:ROOT]->(root)<-[r:ROOT]-(m)
+        WHERE r.order = j.order AND root.position = m.start + j.order - 1
+        WITH m, count(c) AS joined, count(DISTINCT root.position) AS tokens
+        OPTIONAL MATCH (m)-[:JOINS]->(:Circuit)-[:INCLUDES]->(n:CircuitNode)
+        WITH m, joined, tokens, n, count(*) AS times
+        WITH m, joined, tokens, count(n) AS n_nodes, sum(CASE WHEN times > 1 THEN 1 ELSE 0 END) AS n_shared
+        WITH m.id AS id, null AS residual, m.end + 1 - m.start >= 2 AND joined = m.end + 1 - m.start AND tokens = joined
+             AND COUNT { (m)-[:ROOT]->() } = joined AND COUNT { (m)-[:JOINS]->() } = joined
+             AND n_nodes = m.n_nodes AND n_shared = m.n_shared AND COUNT { (m)-[:INCLUDES]->(:CircuitNode) } = n_nodes
+             AND abs(m.crossing_weight) < 1e9 AND m.p_value > 0 AND m.p_value <= m.q_value AND m.q_value <= 1 AS ok
         """,
     ),
     _Question(
@@ -252,6 +272,34 @@ QUESTIONS = (
         per_prompt=False,
     ),
     _Question(
+        "feeds",
+        "FEEDS between two features are what a scan of the edges between their activations gives",
+        f"""
+        UNWIND $features AS feature
+        MATCH (b:Feature {{id: feature}})
+        CALL (b) {{
+          MATCH (b)<-[:OF]-(v:CircuitNode)<-[e:DIRECT|OV]-(u:CircuitNode)-[:OF]->(a:Feature)
+          WITH a, v, e, CASE WHEN v.pre_activation <> 0 THEN e.weight / v.pre_activation ELSE 0.0 END AS share
+          RETURN a.id AS source, type(e) AS via, e.layer AS layer, e.head AS head,
+                 count(DISTINCT v.prompt) AS n_prompts, count(e) AS n_edges, sum(e.weight) AS weight,
+                 sum(share) AS share, sum(abs(e.weight)) AS weights, sum(abs(share)) AS shares
+          UNION ALL
+          MATCH (b)<-[r:FEEDS]-(a:Feature)
+          RETURN a.id AS source, r.via AS via, r.layer AS layer, r.head AS head, -r.n_prompts AS n_prompts,
+                 -r.n_edges AS n_edges, -r.mean_weight * r.n_edges AS weight, -r.mean_share * r.n_edges AS share,
+                 0.0 AS weights, 0.0 AS shares
+        }}
+        WITH b, source, via, layer, head, count(*) AS sides, sum(n_prompts) AS prompts_off, sum(n_edges) AS edges_off,
+             abs(sum(weight)) / (sum(weights) + 1e-12) AS weight_off,
+             abs(sum(share)) / (sum(shares) + 1e-12) AS share_off
+        WITH source + ' -> ' + b.id + coalesce(' L' + toString(layer) + '.H' + toString(head), '') AS id, sides,
+             prompts_off, edges_off, CASE WHEN weight_off > share_off THEN weight_off ELSE share_off END AS residual
+        WITH id, residual, sides = 2 AND prompts_off = 0 AND edges_off = 0 AND residual <= {TOLERANCE} AS ok
+        """,
+        per_prompt=False,
+        per_feature=True,
+    ),
+    _Question(
         "leftovers",
         "no token, circuit node or circuit is left of a prompt that is not there",
         """
@@ -268,15 +316,16 @@ QUESTIONS = (
 def verify(store: Store) -> list[Check]:
     """Ask every question of the whole store; the findings are in the order of QUESTIONS."""
     prompts = [str(id) for id in store.read("MATCH (p:Prompt) RETURN p.id AS id ORDER BY id")["id"]]
-    return [_ask(store, question, prompts) for question in QUESTIONS]
+    features = [str(id) for id in store.read("MATCH (f:Feature) RETURN f.id AS id ORDER BY id")["id"]]
+    return [_ask(store, question, features if question.per_feature else prompts) for question in QUESTIONS]
 
 
-def _ask(store: Store, question: _Question, prompts: Sequence[str]) -> Check:
+def _ask(store: Store, question: _Question, ids: Sequence[str]) -> Check:
     checked = violations = 0
     worst: list[float] = []
     examples: list[str] = []
-    for batch in _batches(prompts) if question.per_prompt else [[]]:
-        row = store.read(question.cypher + _SUMMARY, prompts=batch).astype(object).iloc[0]
+    for batch in _batches(ids) if question.per_prompt or question.per_feature else [[]]:
+        row = store.read(question.cypher + _SUMMARY, prompts=batch, features=batch).astype(object).iloc[0]
         checked += int(row["checked"])
         violations += int(row["violations"] or 0)
         worst += [float(row["worst"])] if row["worst"] is not None else []
@@ -291,9 +340,9 @@ def _ask(store: Store, question: _Question, prompts: Sequence[str]) -> Check:
     )
 
 
-def _batches(prompts: Sequence[str]) -> Iterator[list[str]]:
-    rest = iter(prompts)
-    while batch := list(islice(rest, PROMPTS_PER_QUERY)):
+def _batches(ids: Sequence[str]) -> Iterator[list[str]]:
+    rest = iter(ids)
+    while batch := list(islice(rest, THINGS_PER_QUERY)):
         yield batch
 
 

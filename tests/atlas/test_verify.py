@@ -2,10 +2,11 @@
 
 import pytest
 
+from atlas.multitoken import write_multitoken
 from atlas.store import Store
 from atlas.verify import QUESTIONS, verify
 from atlas.writer import register, write_prompt
-from tests.synthetic import synthetic_model, synthetic_prompt, synthetic_run
+from tests.synthetic import synthetic_model, synthetic_multitoken, synthetic_prompt, synthetic_run
 
 PLANTED = [
     ("prompts", "MATCH (p:Prompt) WITH p LIMIT 1 SET p.complete = false"),
@@ -55,6 +56,12 @@ PLANTED = [
     ("circuits", "MATCH (c:Circuit)-[e:INCLUDES]->(n) WITH c, n LIMIT 1 CREATE (c)-[:INCLUDES]->(n)"),
     ("circuits", "MATCH (:Prompt)-[e:HAS_CIRCUIT]->() WITH e LIMIT 1 DELETE e"),
     ("circuits", "MATCH (c:Circuit) WITH c LIMIT 1 SET c.n_nodes = c.n_nodes + 1"),
+    ("multi-token", "MATCH (:MultiToken)-[e:JOINS]->() WITH e LIMIT 1 DELETE e"),
+    ("multi-token", "MATCH (:MultiToken)-[e:ROOT {order: 2}]->() WITH e LIMIT 1 SET e.order = 1"),
+    ("multi-token", "MATCH (m:MultiToken) WITH m LIMIT 1 SET m.n_shared = m.n_shared + 1"),
+    ("multi-token", "MATCH (m:MultiToken)-[e:INCLUDES]->() WITH e LIMIT 1 DELETE e"),
+    ("multi-token", "MATCH (m:MultiToken) WITH m LIMIT 1 REMOVE m.crossing_weight"),
+    ("multi-token", "MATCH (m:MultiToken) WITH m LIMIT 1 SET m.p_value = 0.0"),
     ("circuit edges", "MATCH (c:Circuit) WITH c LIMIT 1 SET c.n_edges = c.n_edges - 1"),
     ("shares", "MATCH (c:Circuit) WITH c LIMIT 1 SET c.error_share = c.error_share + 0.001"),
     ("shares", "MATCH (c:Circuit) WITH c LIMIT 1 REMOVE c.pruned_share"),
@@ -75,7 +82,9 @@ def test_every_check_has_something_planted() -> None:
 def test_a_planted_violation_is_found(store: Store, name: str, planted: str) -> None:
     register(store, synthetic_model(), synthetic_run())
     for seed in (1, 2):
-        write_prompt(store, synthetic_prompt(seed, n_tokens=3, n_active=1), "run-1")
+        record = synthetic_prompt(seed, n_tokens=3, n_active=1)
+        write_prompt(store, record, "run-1")
+        write_multitoken(store, [synthetic_multitoken(record)])
     store.write(lambda transaction: transaction.run(planted).consume())
     found = {check.name: check for check in verify(store)}
     assert found[name].violations > 0
