@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, LiteralString
 
 import neo4j
 
+from atlas import feeds
 from atlas.errors import AtlasError
 from atlas.records import SCHEMA_VERSION
 
@@ -33,10 +34,16 @@ PROMPT_LABELS: tuple[LiteralString, ...] = ("Token", "Span", "CircuitNode", "Att
 
 
 def prepare(store: "Store") -> None:
-    """Create constraints and indexes and record the version, unless this version did so already."""
-    if check_version(store) == SCHEMA_VERSION:
+    """Create constraints and indexes and record the version, unless this version did so already.
+
+    A store of version 1 has no FEEDS yet, and gets them from its edges.
+    """
+    version = check_version(store)
+    if version == SCHEMA_VERSION:
         return
     store.write(_create_schema)
+    if version == 1:
+        feeds.rebuild(store)
     store.write(_record_version)
 
 

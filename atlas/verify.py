@@ -1,14 +1,15 @@
 """`atlas verify`: everything that must always hold in a store, checked in Cypher over all of it.
 
 Each check looks at one kind of thing and says whether it is as it must be; a value that is missing or not
-a number counts as a violation. Two of them measure:
+a number counts as a violation. Three of them measure:
 
 - The identity of METHOD 3, pre_activation = constant + sum of incoming DIRECT and OV weights + unstored.
   Its residual is relative to |pre_activation|, but at least to a hundredth of the sum of all terms' sizes:
   a value that is a small difference of large terms cannot be more exact than single precision makes these.
+- The identity of METHOD 5, score = sum of its QK scores + unstored; its residual is relative in the same way.
 - completeness + error_share + pruned_share = 1; its residual is the plain difference.
 
-Both may reach TOLERANCE. Checks about prompts run over batches of prompts, so that neither engine ever
+All may reach TOLERANCE. Checks about prompts run over batches of prompts, so that neither engine ever
 holds the whole store in one query.
 """
 
@@ -195,6 +196,54 @@ QUESTIONS = (
         """,
     ),
     _Question(
+        "QK edges",
+        "every QK edge stands once, in its prompt, from no later position, between nodes below its layer or its biases",
+        """
+        UNWIND $prompts AS prompt
+        MATCH (v:CircuitNode {prompt: prompt})-[e:QK]->(u)
+        WITH v, u, e.layer AS layer, e.head AS head, count(*) AS n, count(e.score) AS scores, count(e.lift) AS lifts
+        WITH v.id + ' -> ' + u.id AS id, null AS residual, n = 1 AND scores = 1 AND lifts = 1 AND head >= 0
+             AND u.prompt = v.prompt AND v.position <= u.position
+             AND CASE v.site WHEN 'k' THEN v.layer = layer WHEN 'q' THEN false ELSE v.layer < layer END
+             AND CASE u.site WHEN 'q' THEN u.layer = layer WHEN 'k' THEN false ELSE u.layer < layer END AS ok
+        """,
+    ),
+    _Question(
+        "attention",
+        "every attention score has the tokens that its id says, its key not after its query, and a pattern in [0, 1]",
+        """
+        UNWIND $prompts AS prompt
+        MATCH (a:AttentionScore {prompt: prompt})
+        OPTIONAL MATCH (a)-[e:QUERY|KEY]->(t:Token)
+        WITH a, a.prompt + '/' AS begin, count(e) AS n, max(CASE type(e) WHEN 'QUERY' THEN t.id END) AS query,
+             max(CASE type(e) WHEN 'KEY' THEN t.id END) AS key
+        WITH a.id AS id, null AS residual, n = 2 AND query = begin + toString(a.query) AND key = begin + toString(a.key)
+             AND a.key <= a.query AND a.pattern >= 0 AND a.pattern <= 1 AND a.id = begin + toString(a.layer) + '.'
+             + toString(a.head) + '/' + toString(a.query) + '-' + toString(a.key) AS ok
+        """,
+    ),
+    _Question(
+        "scores",
+        "score = QK scores between its tokens + unstored, and every QK edge belongs to a score",
+        f"""
+        CALL () {{
+          UNWIND $prompts AS prompt
+          MATCH (a:AttentionScore {{prompt: prompt}})
+          RETURN a.id AS id, CASE WHEN a.score + a.unstored IS NULL THEN 2 ELSE 1 END AS owner, a.score AS score,
+                 a.unstored AS part
+          UNION ALL
+          UNWIND $prompts AS prompt
+          MATCH (v:CircuitNode {{prompt: prompt}})-[e:QK]->(u)
+          RETURN prompt + '/' + toString(e.layer) + '.' + toString(e.head) + '/' + toString(u.position) + '-'
+                 + toString(v.position) AS id, 0 AS owner, 0.0 AS score, e.score AS part
+        }}
+        WITH id, sum(owner) AS owners, sum(score) AS score, sum(part) AS total, sum(abs(part)) AS size
+        WITH id, owners, abs(total - score) AS difference, abs(score) AS own, size / 100 + 1e-12 AS floor
+        WITH id, owners, difference / CASE WHEN own > floor THEN own ELSE floor END AS residual
+        WITH id, residual, owners = 1 AND residual <= {TOLERANCE} AS ok
+        """,
+    ),
+    _Question(
         "circuits",
         "every circuit has its prompt, one ROOT among its nodes, and n_nodes of these, each once and of its prompt",
         """
@@ -301,9 +350,9 @@ QUESTIONS = (
     ),
     _Question(
         "leftovers",
-        "no token, circuit node or circuit is left of a prompt that is not there",
+        "no token, circuit node, attention score or circuit is left of a prompt that is not there",
         """
-        MATCH (n) WHERE n:Token OR n:CircuitNode OR n:Circuit
+        MATCH (n) WHERE n:Token OR n:CircuitNode OR n:AttentionScore OR n:Circuit
         WITH n.prompt AS prompt, head(collect(n.id)) AS id
         OPTIONAL MATCH (p:Prompt {id: prompt})
         WITH id, null AS residual, p IS NOT NULL AS ok

@@ -20,10 +20,9 @@ import neo4j
 import numpy as np
 from numpy.typing import NDArray
 
-from atlas import feeds
-from atlas import multitoken
+from atlas import feeds, multitoken
 from atlas.errors import AtlasError
-from atlas.records import Kind, NodeRecord, PromptRecord, ReplacementModelRecord, RunRecord
+from atlas.records import DictionaryRecord, Kind, NodeRecord, PromptRecord, ReplacementModelRecord, RunRecord
 from atlas.schema import PROMPT_LABELS
 from atlas.store import Store
 
@@ -73,7 +72,7 @@ def register(store: Store, model: ReplacementModelRecord, run: RunRecord) -> Non
     def work(transaction: neo4j.ManagedTransaction) -> None:
         _refuse_other_weights(transaction, model)
         _create(transaction, "MERGE (n:Model {id: row.id}) SET n = row", [asdict(model.model)])
-        _create(transaction, "MERGE (n:Dictionary {id: row.id}) SET n = row", [asdict(d) for d in model.dictionaries])
+        _create(transaction, "MERGE (n:Dictionary {id: row.id}) SET n += row", [_known(d) for d in model.dictionaries])
         _create(
             transaction,
             "MATCH (m:Model {id: row.model}) MERGE (n:ReplacementModel {id: row.id}) SET n.name = row.name "
@@ -88,6 +87,21 @@ def register(store: Store, model: ReplacementModelRecord, run: RunRecord) -> Non
         _create(transaction, "MERGE (n:Run {id: row.id}) SET n = row", [{**asdict(run), "status": "running"}])
 
     store.write(work)
+
+
+def record_quality(store: Store, dictionaries: Sequence[DictionaryRecord]) -> int:
+    """Note what was measured of those dictionaries that the store holds with the same weights; returns how many."""
+    cypher: LiteralString = (
+        "UNWIND $rows AS row MATCH (n:Dictionary {id: row.id}) WHERE n.sha256 = row.sha256 SET n += row "
+        "RETURN count(*) AS n"
+    )
+    rows = [_known(dictionary) for dictionary in dictionaries]
+    return store.write(lambda transaction: transaction.run(cypher, {"rows": rows}).single(strict=True)["n"])
+
+
+def _known(dictionary: DictionaryRecord) -> Row:
+    """A dictionary's properties; what was not measured now is left out, so that what was before stays."""
+    return {name: value for name, value in asdict(dictionary).items() if value is not None}
 
 
 def finish_run(store: Store, run_id: str, status: str) -> None:
