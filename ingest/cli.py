@@ -1,8 +1,8 @@
 """`atlas ingest`: prompts in, circuits stored."""
 
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from rich.console import Console
@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from atlas.cli import store_option
 from atlas.errors import AtlasError
+from ingest.registry import parse_layers
 
 if TYPE_CHECKING:
     from ingest.job import Summary
@@ -17,10 +18,39 @@ if TYPE_CHECKING:
 THRESHOLDS = {"relative": 0.02, "top_mass": 0.5, "paper": 0.1}
 
 
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def model_options(command: F) -> F:
+    """The options --model, --dictionaries and --layers; the parameters of `set_up` but its dtype."""
+    for option in (
+        click.option(
+            "--layers",
+            metavar="LAYERS",
+            callback=lambda ctx, parameter, value: None if value is None else parse_layers(value),
+            help="Take the dictionaries of these layers, such as 0-3,7; elsewhere all that a site writes is error.",
+        ),
+        click.option(
+            "--dictionaries",
+            multiple=True,
+            metavar="NAME|DIR",
+            help="A published set or a folder of dictionaries; may be repeated.  [default: the model's own]",
+        ),
+        click.option(
+            "--model",
+            default="mini",
+            show_default=True,
+            help="mini, a model's directory, or a hub's name such as gpt2 or NAME@REVISION.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 @click.command()
 @click.argument("files", nargs=-1, metavar="FILE...")
 @click.option("--text", "texts", multiple=True, help="A prompt given here; may be repeated.")
-@click.option("--model", default="mini", show_default=True, help="mini, a model's directory, or a hub's name.")
+@model_options
 @store_option
 @click.option(
     "--roots",
@@ -36,6 +66,8 @@ def ingest(
     files: Sequence[str],
     texts: Sequence[str],
     model: str,
+    dictionaries: Sequence[str],
+    layers: frozenset[int] | None,
     store: str | None,
     roots: Sequence[str],
     rule: str,
@@ -66,7 +98,7 @@ def ingest(
         from ingest.job import circuit_requests, prepare_tasks, run
         from ingest.setup import set_up
 
-        setup = set_up(model)
+        setup = set_up(model, dictionaries=dictionaries, layers=layers)
         requests = circuit_requests(setup, roots, rule, threshold)
         tasks = prepare_tasks(setup, prompts, truncate, complain)
         if not tasks:

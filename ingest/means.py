@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from atlas.errors import AtlasError, cause
 from ingest.dictionaries import MEANS, Dictionary, load_dictionary
 from ingest.mini.corpus import Corpus, text_files
-from ingest.model import MINI, LanguageModel, load_model
+from ingest.model import LanguageModel
+from ingest.setup import load_with_places
 
 BATCH = 2048  # tokens that go through the model at once
 
@@ -91,9 +92,14 @@ def write_means(
 
 
 def measure_means(
-    name: str, corpus: Sequence[Path], n_tokens: int, start: Callable[[int], Callable[[int], None]]
+    name: str,
+    corpus: Sequence[Path],
+    n_tokens: int,
+    start: Callable[[int], Callable[[int], None]],
+    dictionaries: Sequence[str] = (),
+    layers: frozenset[int] | None = None,
 ) -> Measured:
-    """Measure and write the means of all dictionaries of the model `name`.
+    """Measure and write the means of the dictionaries that `set_up` would take for the model `name`.
 
     `start` is told the number of windows, and gives what is told of each step. Raises AtlasError where
     `corpus_windows` does, and when there is no such model or no dictionary of it.
@@ -102,16 +108,12 @@ def measure_means(
         files = text_files(corpus)
     except OSError as error:
         raise AtlasError(f"There is no corpus: {cause(error)}.") from error
-    model = load_model(name)
-    directory = (MINI if name == "mini" else Path(name)) / "dictionaries"
-    folders = sorted(file.parent for file in directory.glob("*/cfg.json"))
-    if not folders:
-        raise AtlasError(f"Model {name!r} has no dictionaries: put them into {directory}, one folder each.")
-    dictionaries = [load_dictionary(folder, model) for folder in folders]
+    model, places = load_with_places(name, dictionaries=dictionaries, layers=layers)
+    loaded = [load_dictionary(place.folder, model, place.origin) for place in places]
     windows = corpus_windows(model, files, n_tokens)
-    means = feature_means(model, dictionaries, windows, start(len(windows)))
-    measured = Measured(directory, sum(d.record.d_sae for d in dictionaries), windows[:, 1:].numel())
+    means = feature_means(model, loaded, windows, start(len(windows)))
+    measured = Measured(places[0].folder.parent, sum(d.record.d_sae for d in loaded), windows[:, 1:].numel())
     source = {"source": ", ".join(file.name for file in files), "tokens": str(measured.n_tokens)}
-    for folder, dictionary, mean in zip(folders, dictionaries, means, strict=True):
-        write_means(folder, dictionary, mean, source)
+    for place, dictionary, mean in zip(places, loaded, means, strict=True):
+        write_means(place.folder, dictionary, mean, source)
     return measured
