@@ -52,6 +52,7 @@ _SENTENCES = {
     "ingest": "Trace prompts and store their circuits.",
     "labels": "Import labels of features.",
     "map": "Draw which feature feeds which over all prompts.",
+    "multitoken": "Find circuits over several tokens.",
     "queries": "List the questions with their parameters.",
     "query": "Ask one of the questions by name.",
     "show": "Show a circuit as a tree or a picture.",

@@ -51,6 +51,21 @@ PLANTED = [
     ("conservation", "MATCH ()-[e:DIRECT]->() WITH e LIMIT 1 SET e.weight = e.weight + 0.01"),
     ("conservation", "MATCH ()-[e:OV]->() WITH e LIMIT 1 DELETE e"),
     ("conservation", "MATCH (n:Logit) WITH n LIMIT 1 REMOVE n.unstored"),
+    ("QK edges", "MATCH (v)-[e:QK]->(u) WITH v, u, e LIMIT 1 CREATE (v)-[f:QK]->(u) SET f = properties(e)"),
+    ("QK edges", "MATCH ()-[e:QK]->(u) WHERE u.layer >= 0 WITH e LIMIT 1 SET e.layer = -1"),
+    ("QK edges", "MATCH (v:Bias {site: 'k'})-[e:QK]->() WITH e LIMIT 1 SET e.layer = e.layer + 1"),
+    ("QK edges", "MATCH ()-[e:QK]->() WITH e LIMIT 1 REMOVE e.lift"),
+    (
+        "QK edges",
+        "MATCH (v:Embedding {position: 2}) MATCH (u:Embedding {position: 1, prompt: v.prompt}) "
+        "WITH v, u LIMIT 1 CREATE (v)-[:QK {layer: 1, head: 0, score: 0.0, lift: 0.0}]->(u)",
+    ),
+    ("attention", "MATCH (:AttentionScore)-[e:KEY]->() WITH e LIMIT 1 DELETE e"),
+    ("attention", "MATCH (a:AttentionScore) WITH a LIMIT 1 SET a.pattern = 1.01"),
+    ("attention", "MATCH (a:AttentionScore) WITH a LIMIT 1 SET a.head = a.head + 1"),
+    ("scores", "MATCH ()-[e:QK]->() WITH e LIMIT 1 SET e.score = e.score + 0.01"),
+    ("scores", "MATCH (a:AttentionScore) WITH a LIMIT 1 REMOVE a.unstored"),
+    ("scores", "MATCH ()-[e:QK]->() WITH e LIMIT 1 SET e.head = 7"),
     ("circuits", "MATCH (:Circuit)-[e:ROOT]->() WITH e LIMIT 1 DELETE e"),
     ("circuits", "MATCH (c:Circuit)-[:INCLUDES]->(n:Embedding) WITH c, n LIMIT 1 CREATE (c)-[:ROOT]->(n)"),
     ("circuits", "MATCH (c:Circuit)-[e:INCLUDES]->(n) WITH c, n LIMIT 1 CREATE (c)-[:INCLUDES]->(n)"),
@@ -71,6 +86,7 @@ PLANTED = [
     ("features", "MATCH (:Feature)-[e:IN]->() WITH e LIMIT 1 DELETE e"),
     ("leftovers", "MATCH (p:Prompt) WITH p LIMIT 1 DETACH DELETE p"),
     ("leftovers", "CREATE (:CircuitNode:Embedding {id: 'gone/0/embedding', prompt: 'gone'})"),
+    ("leftovers", "CREATE (:AttentionScore {id: 'gone/0.0/1-0', prompt: 'gone'})"),
 ]
 
 

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from atlas import AtlasError
+from atlas.multitoken import write_multitoken
 from atlas.records import DirectEdges, PromptRecord
 from atlas.store import Store
 from atlas.verify import verify
 from atlas.writer import WriteCounts, delete_prompt, finish_run, register, stored_requests, write_prompt
 from tests.graph import graph_in, graph_of
-from tests.synthetic import synthetic_model, synthetic_prompt, synthetic_run
+from tests.synthetic import synthetic_model, synthetic_multitoken, synthetic_prompt, synthetic_run
 
 HOSTILE = "it's \"quoted\" `ticked` \\ {$x} '}) DETACH DELETE n // \n\t\r \x00 é 漢 😀 \u2028 ' OR 1=1"
 
@@ -191,5 +192,6 @@ def test_a_run_is_finished(ready: Store) -> None:
 def test_what_is_written_verifies(ready: Store) -> None:
     for seed in range(2):
         write_prompt(ready, _small(seed), "run-1")
+        write_multitoken(ready, [synthetic_multitoken(_small(seed))])
     checks = verify(ready)
     assert all(check.checked > 0 and check.violations == 0 for check in checks), checks
