@@ -49,6 +49,7 @@ _SENTENCES = {
     "compare": "Draw two circuits over each other.",
     "cypher": "Run a Cypher query and print its rows.",
     "dictionaries": "Convert and measure dictionaries.",
+    "faithfulness": "Measure stored circuits in the real model.",
     "ingest": "Trace prompts and store their circuits.",
     "labels": "Import labels of features.",
     "map": "Draw which feature feeds which over all prompts.",

@@ -13,7 +13,9 @@ from atlas.errors import AtlasError
 from ingest.registry import parse_layers
 
 if TYPE_CHECKING:
+    from ingest.faithfulness import Ablation
     from ingest.job import Summary
+    from ingest.setup import Setup
 
 THRESHOLDS = {"relative": 0.02, "top_mass": 0.5, "paper": 0.1}
 
@@ -62,6 +64,7 @@ def model_options(command: F) -> F:
 @click.option("--rule", default="relative", show_default=True, help=f"Which nodes to keep: {', '.join(THRESHOLDS)}.")
 @click.option("--threshold", type=float, help="The rule's threshold.  [default: " + str(THRESHOLDS)[1:-1] + "]")
 @click.option("--truncate", is_flag=True, help="Cut prompts that are longer than the model's context.")
+@click.option("--verify/--no-verify", default=True, help="Measure circuits in the real model, or leave that out.")
 def ingest(
     files: Sequence[str],
     texts: Sequence[str],
@@ -73,6 +76,7 @@ def ingest(
     rule: str,
     threshold: float | None,
     truncate: bool,
+    verify: bool,
 ) -> None:
     """Trace prompts, find the circuits of their roots, and store them.
 
@@ -108,11 +112,61 @@ def ingest(
 
         with atlas.connect(store) as opened:
             display.start(len(tasks), opened.address)
-            run(opened, setup, tasks, requests, complain, display.update)
+            run(opened, setup, tasks, requests, complain, display.update, by=_to_the_mean(setup) if verify else None)
     if refusals:
         raise AtlasError(
             f"{len(refusals)} {'prompt was' if len(refusals) == 1 else 'prompts were'} left out, see above."
         )
+
+
+@click.command()
+@click.option("--circuit", "circuits", multiple=True, metavar="ID", help="Only this circuit; may be repeated.")
+@model_options
+@store_option
+@click.option("--ablation", "kind", default="mean", show_default=True, help="Set features to: mean, zero, resample.")
+def faithfulness(
+    circuits: Sequence[str],
+    model: str,
+    dictionaries: Sequence[str],
+    layers: frozenset[int] | None,
+    store: str | None,
+    kind: str,
+) -> None:
+    """Measure stored circuits in the real model: what is left of the root without the rest, and without the circuit.
+
+    Circuits that were measured by the same ablation are left as they are, so the command can be stopped and resumed.
+    """
+    import atlas
+    from ingest.measure_stored import measure_stored
+    from ingest.setup import set_up
+
+    console = Console(stderr=True)
+    with (
+        Progress(console=console, disable=not console.is_terminal) as bar,
+        atlas.connect(store, create=False) as opened,
+    ):
+        task = bar.add_task("Loading the model", total=None)
+        setup = set_up(model, dictionaries=dictionaries, layers=layers)
+        done = measure_stored(
+            opened,
+            setup,
+            kind,
+            circuits,
+            lambda sentence: click.echo(f"Left out: {sentence}.", err=True),
+            lambda state: bar.update(task, description="Measuring", total=state.prompts, completed=state.done),
+        )
+    click.echo(f"{done.circuits} circuits of {done.done} prompts measured ({kind} ablation).")
+
+
+def _to_the_mean(setup: "Setup") -> "Ablation | None":
+    """Ablation to the mean; where no means are known, nothing is measured, and a sentence says so."""
+    from ingest.faithfulness import ablation
+
+    try:
+        return ablation(setup, "mean")
+    except AtlasError as error:
+        click.echo(f"The circuits are stored without their faithfulness. {error}", err=True)
+        return None
 
 
 def _threshold(rule: str, threshold: float | None) -> float:

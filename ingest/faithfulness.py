@@ -42,7 +42,7 @@ from ingest.setup import Setup
 KINDS = ("mean", "zero", "resample")
 DRAWS = 5  # random sets a circuit
 RESAMPLED = 128  # tokens that resampling draws from
-BATCH = 2048  # tokens that go through the model at once
+BATCH = 1024  # tokens that go through the model at once
 CELLS = 2**23  # activations that are held at once, tokens times d_sae
 
 Features = Int[torch.Tensor, "n 3"]  # rows of (site, position, index); a site is a number in Setup.dictionaries
@@ -95,16 +95,16 @@ def ablation(setup: Setup, kind: str, texts: Sequence[Sequence[int]] = ()) -> Ab
 
 
 def measured(setup: Setup, replacement: ReplacementModel, record: PromptRecord, by: Ablation) -> PromptRecord:
-    """The record with every circuit's shares filled in."""
+    """The record with the shares of every circuit that has none yet filled in."""
     number = {dictionary.record.id: site for site, dictionary in enumerate(setup.dictionaries)}
     claims: list[Claim] = []
     for circuit in record.circuits:
-        nodes = [record.nodes[i] for i in circuit.members.tolist() if i != circuit.root]
-        rows = [(number[n.dictionary], n.position, n.index) for n in nodes if n.dictionary is not None]
-        claims.append(Claim(circuit.id, root_of(circuit.id), as_features(rows)))
-    shares = measure(setup, replacement, claims, by)
-    circuits = tuple(replace(circuit, shares=found) for circuit, found in zip(record.circuits, shares, strict=True))
-    return replace(record, circuits=circuits)
+        if circuit.shares is None:
+            nodes = [record.nodes[i] for i in circuit.members.tolist()]
+            rows = [(number[n.dictionary], n.position, n.index) for n in nodes if n.dictionary is not None]
+            claims.append(Claim(circuit.id, root_of(circuit.id), as_features(rows)))
+    found = dict(zip((claim.id for claim in claims), measure(setup, replacement, claims, by), strict=True))
+    return replace(record, circuits=tuple(replace(c, shares=found.get(c.id, c.shares)) for c in record.circuits))
 
 
 def as_features(rows: Sequence[tuple[int, int, int | None]]) -> Features:
@@ -200,7 +200,7 @@ class _Batch:
         """The roots' values."""
         hooks: list[tuple[str, Callable[..., Any]]] = []
         for site, dictionary in enumerate(self.setup.dictionaries):
-            if depth(dictionary) < _root_depth(self.root):
+            if dictionary.record.d_sae and depth(dictionary) < _root_depth(self.root):
                 hooks += self._hooks(site, dictionary)
         hooks.append((self._reading_hook(), self._read))
         with contextlib.suppress(_Read):
@@ -356,6 +356,8 @@ def _draws(chosen: Sequence[Intervention], n_pos: int, n_choices: int) -> Int[to
 
 
 def _mean(setup: Setup, dictionary: Dictionary) -> Float[torch.Tensor, " d_sae"]:
+    if not dictionary.record.d_sae:
+        return dictionary.b_enc
     if dictionary.mean is None:
         raise AtlasError(
             f"Dictionary {dictionary.record.id} has no means of its features: measure them with `atlas dictionaries "

@@ -13,17 +13,19 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 import atlas
 from atlas.errors import AtlasError
-from atlas.records import PromptRecord, RunRecord
+from atlas.faithfulness import stored_shares
+from atlas.records import CircuitRecord, PromptRecord, RunRecord, SharesRecord
 from atlas.schema import prepare
 from atlas.store import Store
 from atlas.writer import finish_run, register, stored_requests, write_prompt
 from ingest.circuits import CircuitRequest, prompt_record
+from ingest.faithfulness import Ablation, measured
 from ingest.prompts import Complain, Prompt
 from ingest.roots import parse_root
 from ingest.setup import Setup
@@ -88,10 +90,11 @@ def run(
     complain: Complain,
     progress: Callable[[Summary], None],
     until: float = math.inf,
+    by: Ablation | None = None,
 ) -> Summary:
     """Ingest `tasks`, calling `progress` after each; a KeyboardInterrupt leaves whole prompts only.
 
-    No task is begun after `until` (time.monotonic()).
+    No task is begun after `until` (time.monotonic()). With `by`, circuits are measured in the real model (METHOD 6).
     """
     summary = Summary()
     config = json.dumps({"model": setup.record.name, "requests": [request.stored for request in requests]})
@@ -106,7 +109,7 @@ def run(
             for task in tasks:
                 if time.monotonic() >= until:
                     break
-                _ingest(writer, setup, task, stored.get(task.id, ()), requests, complain, summary)
+                _ingest(writer, setup, task, stored.get(task.id, ()), requests, complain, summary, by)
                 progress(summary)
         finally:
             writer.finish()
@@ -127,6 +130,7 @@ def _ingest(
     requests: Sequence[CircuitRequest],
     complain: Complain,
     summary: Summary,
+    by: Ablation | None,
 ) -> None:
     wanted = _merge(setup, stored, [*requests, *task.requests])
     if {request.stored for request in wanted} == set(stored):
@@ -138,10 +142,24 @@ def _ingest(
         summary.refused += 1
         complain(f"{task.prompt.where}: none of the roots asked for is active in this prompt")
         return
+    if stored:
+        record = _with_shares(record, stored_shares(writer.store, task.id))
+    if by:
+        record = measured(setup, replacement, record, by)
     writer.put(record)
     summary.prompts += 1
     summary.circuits += len(record.circuits)
     summary.edges += len(record.direct.weight) + len(record.ov.weight)
+
+
+def _with_shares(record: PromptRecord, shares: Mapping[str, tuple[float, SharesRecord]]) -> PromptRecord:
+    """The record with what was measured of the same circuits earlier, so that replacing a prompt loses nothing."""
+
+    def earlier(circuit: CircuitRecord) -> SharesRecord | None:
+        threshold, found = shares.get(circuit.id, (None, None))
+        return found if threshold == circuit.threshold else None
+
+    return replace(record, circuits=tuple(replace(circuit, shares=earlier(circuit)) for circuit in record.circuits))
 
 
 def _merge(setup: Setup, stored: Sequence[str], requests: Sequence[CircuitRequest]) -> list[CircuitRequest]:
@@ -166,7 +184,7 @@ class _Writer:
     """Writes prompts in a thread of its own, each in one transaction, in the order they come."""
 
     def __init__(self, store: Store, run_id: str) -> None:
-        self._store, self._run_id = store, run_id
+        self.store, self._run_id = store, run_id
         self._waiting: queue.Queue[PromptRecord | None] = queue.Queue(AHEAD)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="atlas-writer")
@@ -194,6 +212,6 @@ class _Writer:
             if self._error:
                 continue
             try:
-                write_prompt(self._store, record, self._run_id)
+                write_prompt(self.store, record, self._run_id)
             except BaseException as error:
                 self._error = error
