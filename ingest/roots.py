@@ -15,7 +15,7 @@ the second four. What fires on BOS is not evidence of anything: no root stands t
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -208,7 +208,7 @@ def from_the_top(roots: Iterable[Root]) -> list[Root]:
     return sorted(roots, key=lambda root: (-root.layer, root.site == "attn"))
 
 
-def root_table(roots: list[Root], model: ReplacementModel) -> Roots:
+def root_table(roots: Sequence[Root], model: ReplacementModel) -> Roots:
     """Reads, values and constants of roots, in their order (METHOD 2)."""
     trace, weights = model.trace, model.weights
     read = torch.zeros(len(roots), trace.embed.shape[1], dtype=trace.embed.dtype)

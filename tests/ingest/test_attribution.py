@@ -274,7 +274,7 @@ def test_every_edge_equals_autograd(setup, replacement, monkeypatch):
 def derivative(node, grads, replacement, setup):
     """a_u times the derivative by node u, from the probes' gradients."""
     t, trace = node.position, replacement.trace
-    if node.kind == "Logit":
+    if node.kind == "Logit" or node.site in ("q", "k"):
         return 0.0
     if node.kind == "Embedding":
         return grads["embedding"][t] @ trace.embed[t]

@@ -1,0 +1,155 @@
+"""The edges of a prompt: DIRECT and OV between its circuits' nodes, QK between those that its scores need.
+
+DIRECT and OV edges run between all nodes of all circuits (METHOD 3). A score is taken apart (METHOD 5)
+where a head brings an attention feature of a circuit at least `look_share` of its pre-activation from
+one key. The pairs that explain it are mostly in no circuit; those nodes are stored for the QK edges
+alone, and all that reaches them is their `unstored`.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+
+from atlas.records import AttentionScores, DirectEdges, OVEdges, QKEdges
+from ingest.edges import (
+    AttentionTargets,
+    Sources,
+    Targets,
+    depth_of,
+    direct_edges,
+    incoming_direct,
+    incoming_ov,
+    ov_edges,
+)
+from ingest.nodes import Group, Nodes
+from ingest.qk import ScoreNodes, ScoreParts, score_records
+from ingest.replacement import ReplacementModel, centre
+
+LOOK_SHARE = 0.05
+
+
+def linear_edges(nodes: Nodes) -> tuple[DirectEdges, OVEdges, Float[np.ndarray, " node"]]:
+    """DIRECT and OV edges, and per feature and logit the part of its pre-activation that no stored edge carries."""
+    targets = _reading(nodes)
+    attention = [
+        _attention(group, nodes.numbers(i), nodes.replacement)
+        for i, group in enumerate(nodes.circuit)
+        if group.site == "attn" and group.of_features and len(group.place)
+    ]
+    sources = _sources(nodes)
+    direct = direct_edges(sources, targets)
+    ov = _concatenate([ov_edges(sources, at, nodes.replacement) for at in attention])
+    unstored = np.zeros(len(nodes))
+    for i in range(len(nodes.circuit), len(nodes.groups)):
+        unstored[nodes.numbers(i)] = _reaching(nodes, nodes.groups[i])
+    unstored[targets.node] = incoming_direct(targets, _streams(nodes))
+    for at in attention:
+        unstored[at.node] = incoming_ov(at, nodes.replacement).sum((1, 2))
+    unstored -= np.bincount(direct.target, direct.weight, len(nodes))
+    unstored -= np.bincount(ov.target, ov.weight, len(nodes))
+    return direct, ov, unstored
+
+
+def looks(groups: Sequence[Group], replacement: ReplacementModel, look_share: float) -> Int[torch.Tensor, "score 4"]:
+    """(layer, head, query, key) of every score that is taken apart, each once."""
+    found = [torch.zeros(0, 4, dtype=torch.long)]
+    for group in groups:
+        if group.site != "attn" or not group.of_features or not len(group.place):
+            continue
+        targets = _attention(group, torch.arange(len(group.place)), replacement)
+        share = incoming_ov(targets, replacement) / targets.value[:, None, None]
+        target, head, key = (share.abs() >= look_share).nonzero(as_tuple=True)
+        at = torch.stack([torch.full_like(head, group.layer), head, group.position[target], key], 1)
+        found.append(at.unique(dim=0))
+    return torch.cat(found)
+
+
+def only_for_scores(groups: Sequence[Group], at: ScoreNodes, parts: ScoreParts) -> list[Group]:
+    """The nodes that stored pairs need and that are in no circuit."""
+    known = {group.key: group.place for group in groups}
+    needed, group_of = parts.nodes, at.group[parts.nodes]
+    found: list[Group] = []
+    for i in group_of.unique().tolist():
+        nodes, (kind, layer, site) = needed[group_of == i], at.groups[i]
+        if (kind, layer, site) in known:
+            nodes = nodes[~torch.isin(at.place[nodes], known[kind, layer, site])]
+        found.append(Group(kind, layer, site, at.position[nodes], at.place[nodes]))
+    return found
+
+
+def qk_edges(nodes: Nodes, at: ScoreNodes, parts: ScoreParts) -> tuple[AttentionScores, QKEdges]:
+    """The scores, and their stored pairs between the prompt's nodes."""
+    groups = {key: i for i, key in enumerate(at.groups)}
+    stride = int(at.place.max()) + 1
+    mine = [(groups[g.key] * stride + g.place, nodes.numbers(i)) for i, g in enumerate(nodes.groups) if g.key in groups]
+    place, order = torch.cat([place for place, _ in mine]).sort()
+    numbers = torch.cat([number for _, number in mine])[order]
+    found = torch.searchsorted(place, at.group * stride + at.place)
+    return score_records(parts, numbers[found.clamp(max=len(numbers) - 1)])
+
+
+def _reaching(nodes: Nodes, group: Group) -> Float[torch.Tensor, " n"]:
+    """What reaches the nodes of a group, by their own value: nothing, or a pre-activation less its constant."""
+    if not group.of_features:
+        return torch.zeros(len(group.place))
+    index, value = nodes.features(group)
+    return value - nodes.replacement.constants(group.layer, group.site, index)
+
+
+def _sources(nodes: Nodes) -> Sources:
+    groups = nodes.circuit
+    return Sources(
+        node=torch.arange(nodes.n_circuit),
+        depth=torch.cat([torch.full_like(g.position, depth_of(g.layer, g.site)) for g in groups]),
+        position=torch.cat([g.position for g in groups]),
+        write=torch.cat([nodes.write(g) for g in groups]),
+    )
+
+
+def _mlp(nodes: Nodes) -> list[tuple[int, Group]]:
+    return [(i, group) for i, group in enumerate(nodes.circuit) if group.site == "mlp" and group.of_features]
+
+
+def _reading(nodes: Nodes) -> Targets:
+    """MLP features and logits: what reads the residual stream at its own position."""
+    trace, mlp, logits = nodes.replacement.trace, _mlp(nodes), nodes.logit_table
+    found = [nodes.features(g) for _, g in mlp]
+    reads = [
+        centre(nodes.site(g).dictionary.encoder(index)) / trace.sigma_mid[g.layer][g.position, None]
+        for (_, g), (index, _) in zip(mlp, found, strict=True)
+    ]
+    top = torch.full_like(logits.position, depth_of(nodes.replacement.n_layers, "attn"))
+    return Targets(
+        node=torch.cat([*(nodes.numbers(i) for i, _ in mlp), nodes.logit_numbers]),
+        depth=torch.cat([*(torch.full_like(g.position, depth_of(g.layer, "mlp")) for _, g in mlp), top]),
+        position=torch.cat([*(g.position for _, g in mlp), logits.position]),
+        read=torch.cat([*reads, logits.read]),
+        value=torch.cat([*(value for _, value in found), logits.value]),
+    )
+
+
+def _streams(nodes: Nodes) -> Float[torch.Tensor, "target d_model"]:
+    """The residual stream where each reading target reads it."""
+    trace = nodes.replacement.trace
+    mid = [trace.resid_mid[g.layer, g.position] for _, g in _mlp(nodes)]
+    return torch.cat([*mid, trace.resid_final[nodes.logit_table.position]])
+
+
+def _attention(group: Group, numbers: Int[torch.Tensor, " n"], replacement: ReplacementModel) -> AttentionTargets:
+    site = replacement.site(group.layer, "attn")
+    z_read = replacement.z_read(group.layer, site.index[group.place])
+    return AttentionTargets(group.layer, numbers, group.position, z_read, site.value[group.place])
+
+
+def _concatenate(parts: Sequence[OVEdges]) -> OVEdges:
+    empty_int, empty_float = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float64)
+    return OVEdges(
+        source=np.concatenate([empty_int, *(p.source for p in parts)]),
+        target=np.concatenate([empty_int, *(p.target for p in parts)]),
+        layer=np.concatenate([empty_int, *(p.layer for p in parts)]),
+        head=np.concatenate([empty_int, *(p.head for p in parts)]),
+        weight=np.concatenate([empty_float, *(p.weight for p in parts)]),
+        pattern=np.concatenate([empty_float, *(p.pattern for p in parts)]),
+    )
