@@ -12,7 +12,7 @@ import urllib.request
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 from urllib.parse import urlsplit
 
 import click
@@ -90,7 +90,7 @@ def style_rules(grass: str) -> dict[str, dict[str, str]]:
 def saved_queries() -> dict[str, str]:
     """The saved queries by their path in the archive; raises AtlasError for one without a title."""
     here = {f"{FOLDERS[0]}/{file.name}": file.read_text(encoding="utf-8") for file in sorted(_HERE.glob("*.cypher"))}
-    asked = {f"{FOLDERS[1]}/{name}.cypher": question.cypher for name, question in questions().items()}
+    asked = {f"{FOLDERS[1]}/{name}.cypher": f"// {name}\n{question.cypher}" for name, question in questions().items()}
     for name, cypher in (saved := here | asked).items():
         if not re.match(r"// ?\w", cypher):
             raise AtlasError(f"The saved query {name} has no title: its first line must be a comment.")
@@ -142,14 +142,8 @@ def _host(address: str) -> str:
 
 def _explain(store: Store, name: str, cypher: str) -> None:
     """Let the server compile a query; raises AtlasError with the query's name where it does not."""
-    parameters: dict[str, Any] = {
-        parameter.name: parameter.example
-        for asked in questions().values()
-        if asked.cypher == cypher
-        for parameter in asked.parameters
-    }
     try:
-        store.read("EXPLAIN " + cypher, **parameters)
+        store.read("EXPLAIN " + cypher)
     except AtlasError as error:
         raise AtlasError(f"The saved query {name} does not run there: {error}") from error
 

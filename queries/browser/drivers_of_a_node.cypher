@@ -1,4 +1,5 @@
-// What drives one node: its 15 strongest edges, by head, and what each is a feature of
+// Drivers of one node
+// Its 15 strongest edges, by head, and what each driver is a feature of.
 // Put a node's id between the quotes; without one, the root of the most complete circuit is taken.
 WITH '' AS given
 CALL (given) {

@@ -1,4 +1,5 @@
-// Two features: where A feeds B, in every prompt, with the tokens
+// Edges between two features
+// Where A feeds B, in every prompt, with the tokens: the 25 strongest edges.
 // Put two features' ids between the quotes; without them, the pair with an edge in most prompts is taken.
 WITH '' AS a, '' AS b
 CALL (a, b) {

@@ -1,5 +1,6 @@
-// Where one feature fires: the 20 prompts in which it is strongest
-// Put a feature's id between the quotes; without one, a feature that is the root of a circuit is taken.
+// Prompts of one feature
+// The 20 prompts in which it fires most.
+// Put a feature's id between the quotes; without one, the one that most circuits explain is taken.
 WITH '' AS given
 CALL (given) {
   MATCH (f:Feature {id: given})

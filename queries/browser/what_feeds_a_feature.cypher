@@ -1,5 +1,6 @@
-// What feeds one feature over all prompts, and what feeds that: the 8 most frequent of each
-// Put a feature's id between the quotes; without one, the feature that is fed in most prompts is taken.
+// What feeds one feature
+// Over all prompts: the 8 features that most often feed it, and the 8 that most often feed each of those.
+// Put a feature's id between the quotes; without one, the one that is fed in most prompts is taken.
 WITH '' AS given
 CALL (given) {
   MATCH (f:Feature {id: given})

@@ -1,4 +1,5 @@
-// What is in the store: how many of every kind of node (a table)
+// What is stored (table)
+// How many nodes of every kind.
 MATCH (n)
 RETURN labels(n) AS labels, count(n) AS nodes
 ORDER BY nodes DESC

@@ -1,5 +1,6 @@
-// Why one head looks where it looks: a score between two tokens, and the 20 strongest pairs behind it
-// Put the id of a score between the quotes; without one, the one of the largest pattern is taken.
+// Why a head looks there
+// A head's score between two tokens, and the 20 strongest pairs of nodes behind it.
+// Put the id of a score between the quotes; without one, one of the largest pattern is taken.
 WITH '' AS given
 MATCH (a:AttentionScore)
 WHERE a.id = given OR given = ''
