@@ -5,8 +5,10 @@ from typing import TYPE_CHECKING, Any, cast
 import pandas as pd
 
 from atlas.errors import AtlasError
+from queries.notebook import render
 
 if TYPE_CHECKING:
+    from IPython.display import HTML
     from networkx import MultiDiGraph
 
 _EDGE = ["via", "layer", "head", "pattern", "weight", "share"]
@@ -44,6 +46,10 @@ class Circuit(pd.DataFrame):
             key = f"L{edge['layer']}.H{edge['head']}" if edge["via"] == "OV" else edge["via"]
             graph.add_edge(edge.pop("source"), edge.pop("target"), key=key, **edge)
         return graph
+
+    def render(self, height: str = "600px") -> "HTML":
+        """The circuit as a notebook shows it, by neo4j-viz; raises AtlasError where that is not installed."""
+        return render(self.nodes, self, height)
 
 
 def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
