@@ -1,7 +1,8 @@
 """`atlas labels import`: what features mean, in words, from Neuronpedia's exports and from tables.
 
 A row names its feature by Neuronpedia's model and source, such as gpt2-small and 5-tres-dc, and an index; SOURCES
-says which site of which model of ours a source stands for, so the feature is `<model>/<layer>/<site>/<index>`.
+says which dictionaries of ours a source stands for, so its feature is `gpt2/5/mlp/tres-dc/<index>`. Labels can
+only come to the dictionary that they were written for: another one at the same site has another id.
 Its label is the last one read, `labels` keeps all of them from the oldest to the newest, each once, and reading a
 file again changes nothing. Features that no prompt has made yet are made here, IN a Dictionary that holds its
 layer and site until the dictionary itself is registered.
@@ -31,10 +32,12 @@ from atlas.errors import AtlasError
 from atlas.schema import prepare
 from atlas.store import Store, connect
 
-# Neuronpedia's model and source (without the layer's number) -> our model and site.
+# Neuronpedia's model and source (without the layer's number) -> the dictionary's id, and its site.
 SOURCES = {
-    ("gpt2-small", "tres-dc"): ("gpt2", "mlp"),
-    ("gpt2-small", "att-kk"): ("gpt2", "attn"),
+    ("gpt2-small", "tres-dc"): ("gpt2/{layer}/mlp/tres-dc", "mlp"),
+    ("gpt2-small", "att-kk"): ("gpt2/{layer}/attn/att-kk", "attn"),
+    ("gpt2-small", "att_32k-oai"): ("gpt2/{layer}/attn/att_32k-oai", "attn"),
+    ("gpt2-small", "att_128k-oai"): ("gpt2/{layer}/attn/att_128k-oai", "attn"),
 }
 PAGE = "https://www.neuronpedia.org/{model}/{layer}-{source}/{index}"
 ROWS_PER_TRANSACTION = 10_000
@@ -261,9 +264,9 @@ def _label(row: dict[str, Any], file: str, default: tuple[str, str] | None, summ
     written_by = written_by if isinstance(written_by, str) and written_by else Path(file).name
     if _SURROGATE.search(text + written_by):
         raise _BadRow("its description holds half a character (a lone surrogate)")
-    our_model, site = known
+    dictionary, site = known
     url = PAGE.format(model=model, layer=int(layer), source=source, index=index)
-    return Label(f"{our_model}/{int(layer)}/{site}", int(layer), site, index, text, written_by, url)
+    return Label(dictionary.format(layer=int(layer)), int(layer), site, index, text, written_by, url)
 
 
 def _index(value: object) -> int:

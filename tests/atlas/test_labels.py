@@ -50,7 +50,7 @@ def test_rows_become_labels_of_features(store: Store, tmp_path: Path) -> None:
     assert (summary.labels, summary.features, complaints) == (2, 2, [])
     mlp, attn = store.read(ASK).to_dict("records")
     assert mlp == {
-        "id": "gpt2/5/mlp/123",
+        "id": "gpt2/5/mlp/tres-dc/123",
         "layer": 5,
         "site": "mlp",
         "index": 123,
@@ -58,9 +58,9 @@ def test_rows_become_labels_of_features(store: Store, tmp_path: Path) -> None:
         "labels": ["dates"],
         "source": "gpt-4o-mini",
         "url": "https://www.neuronpedia.org/gpt2-small/5-tres-dc/123",
-        "dictionary": "gpt2/5/mlp",
+        "dictionary": "gpt2/5/mlp/tres-dc",
     }
-    assert (attn["id"], attn["label"], attn["source"]) == ("gpt2/7/attn/9", "the word “to” 😀", "a.jsonl")
+    assert (attn["id"], attn["label"], attn["source"]) == ("gpt2/7/attn/att-kk/9", "the word “to” 😀", "a.jsonl")
     assert attn["url"] == "https://www.neuronpedia.org/gpt2-small/7-att-kk/9"
     assert all(check.violations == 0 for check in verify(store))
 
@@ -70,7 +70,7 @@ def test_the_newest_wins_and_all_are_kept_once(store: Store, tmp_path: Path, mon
     file = tmp_path / "a.jsonl"
     file.write_bytes(lines(*(row(index=i % 5, description=f"{i % 5}: {'abca'[i // 5]}") for i in range(20))))
     summary, _ = imported(store, file)
-    expected = {f"gpt2/5/mlp/{i}": (f"{i}: a", [f"{i}: b", f"{i}: c", f"{i}: a"]) for i in range(5)}
+    expected = {f"gpt2/5/mlp/tres-dc/{i}": (f"{i}: a", [f"{i}: b", f"{i}: c", f"{i}: a"]) for i in range(5)}
     assert (summary.labels, summary.features) == (20, 5)
     assert stored(store) == expected
     imported(store, file)
@@ -78,7 +78,7 @@ def test_the_newest_wins_and_all_are_kept_once(store: Store, tmp_path: Path, mon
     later = tmp_path / "later.jsonl"
     later.write_bytes(lines(row(index=3, description="newest")))
     imported(store, later)
-    assert stored(store)["gpt2/5/mlp/3"] == ("newest", ["3: b", "3: c", "3: a", "newest"])
+    assert stored(store)["gpt2/5/mlp/tres-dc/3"] == ("newest", ["3: b", "3: c", "3: a", "newest"])
     assert store.read("MATCH (:Feature)-[e:IN]->(d) RETURN count(e) AS n, count(DISTINCT d) AS d").iloc[0].tolist() == [
         5,
         1,
@@ -92,7 +92,9 @@ def test_features_of_prompts_keep_what_they_are(store: Store, tmp_path: Path, mo
     before = store.read("MATCH (f:Feature) RETURN f.id AS id, COUNT { (f)--() } AS n ORDER BY id")
     feature = store.read("MATCH (f:Feature)-[:IN]->(d) RETURN f.layer AS layer, f.site AS site, f.index AS i").iloc[0]
     source = {"mlp": "tres-dc", "attn": "att-kk"}[feature["site"]]
-    monkeypatch.setitem(module.SOURCES, ("gpt2-small", source), (model.model.id, feature["site"]))
+    monkeypatch.setitem(
+        module.SOURCES, ("gpt2-small", source), (f"{model.model.id}/{{layer}}/{feature['site']}", feature["site"])
+    )
     store.write(lambda t: t.run("MATCH (f:Feature) SET f.label = 'by hand'").consume())
     file = tmp_path / "a.jsonl"
     file.write_bytes(lines(row(f"{feature['layer']}-{source}", int(feature["i"]), "read")))
@@ -111,7 +113,9 @@ def test_labels_before_the_dictionary(store: Store, tmp_path: Path, monkeypatch:
     firing = prompt.firings[0]
     dictionary = next(d for d in model.dictionaries if d.id == firing.dictionary)
     source = {"mlp": "tres-dc", "attn": "att-kk"}[dictionary.site]
-    monkeypatch.setitem(module.SOURCES, ("gpt2-small", source), (model.model.id, dictionary.site))
+    monkeypatch.setitem(
+        module.SOURCES, ("gpt2-small", source), (f"{model.model.id}/{{layer}}/{dictionary.site}", dictionary.site)
+    )
     file = tmp_path / "a.jsonl"
     file.write_bytes(lines(row(f"{dictionary.layer}-{source}", firing.index, "early")))
     imported(store, file)
@@ -138,8 +142,8 @@ def test_every_form_and_packing(embedded_store: Store, tmp_path: Path) -> None:
     summary, complaints = imported(embedded_store, *(tmp_path / name for name in files))
     assert (summary.labels, complaints) == (6, [])
     found = stored(embedded_store)
-    assert set(found) == {"gpt2/2/mlp/1", *(f"gpt2/5/mlp/{i}" for i in range(1, 6))}
-    assert found["gpt2/2/mlp/1"][0] == 'a "b",\nc'
+    assert set(found) == {"gpt2/2/mlp/tres-dc/1", *(f"gpt2/5/mlp/tres-dc/{i}" for i in range(1, 6))}
+    assert found["gpt2/2/mlp/tres-dc/1"][0] == 'a "b",\nc'
 
 
 def test_a_table_of_scored_labels(embedded_store: Store, tmp_path: Path) -> None:
@@ -151,7 +155,7 @@ def test_a_table_of_scored_labels(embedded_store: Store, tmp_path: Path) -> None
     )
     summary, complaints = imported(embedded_store, file, source="gpt2-small/tres-dc")
     assert (summary.labels, summary.empty, complaints) == (1, 1, [])
-    assert stored(embedded_store) == {"gpt2/0/mlp/0": ('The word "Everybody".', ['The word "Everybody".'])}
+    assert stored(embedded_store) == {"gpt2/0/mlp/tres-dc/0": ('The word "Everybody".', ['The word "Everybody".'])}
     _, complaints = imported(embedded_store, file)
     assert complaints == [f"{file}:{n}: it names no model and source; say --source MODEL/SOURCE" for n in (2, 3)]
     with pytest.raises(AtlasError, match="no source 'gpt2-small/x'; the sources are gpt2-small/tres-dc"):
@@ -194,7 +198,7 @@ def test_bad_lines_are_named_and_the_others_go_on(embedded_store: Store, tmp_pat
     summary, complaints = imported(embedded_store, file)
     assert summary.labels == 2
     assert [sentence.split(": ")[0] for sentence in complaints] == [f"{file}:{n + 2}" for n in range(len(BAD))]
-    assert set(stored(embedded_store)) == {"gpt2/5/mlp/1", "gpt2/5/mlp/2"}
+    assert set(stored(embedded_store)) == {"gpt2/5/mlp/tres-dc/1", "gpt2/5/mlp/tres-dc/2"}
 
 
 def test_damaged_files_are_read_as_far_as_they_go(embedded_store: Store, tmp_path: Path) -> None:
@@ -227,7 +231,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert str(done.exception) == "1 row was left out, see above."
     assert done.stderr == f"Left out: {file}:1: not JSON in UTF-8.\n"
     with connect(folder) as opened:
-        assert stored(opened) == {"gpt2/5/mlp/123": ("dates", ["dates"])}
+        assert stored(opened) == {"gpt2/5/mlp/tres-dc/123": ("dates", ["dates"])}
 
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "labels.txt", "a.jsonl"])
