@@ -30,7 +30,7 @@ from ingest.replacement import ReplacementModel, centre
 N_LOGITS = 3
 N_STRONGEST = 4
 N_CANDIDATES = 64
-FEATURE = re.compile(r"(?:(?P<model>.+)/)?(?P<layer>\d+)/(?P<site>attn|mlp)/(?P<index>\d+)")
+FEATURE = re.compile(r"(?:(?P<model>.+)/)?(?P<layer>\d+)/(?P<site>attn|mlp)/(?:(?P<name>[^/]+)/)?(?P<index>\d+)")
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,9 @@ def _feature_request(
         )
     for dictionary in dictionaries:
         if (dictionary.record.layer, dictionary.record.site) == (layer, site):
+            if dictionary.record.d_sae == 0 or not dictionary.record.id.endswith(match["name"] or ""):
+                there = dictionary.record.id if dictionary.record.d_sae else "no dictionary"
+                raise AtlasError(f"Root {spec!r}: this run has {there} at layer {layer} {site}.")
             if index < dictionary.record.d_sae:
                 return RootRequest(spec, site, position, layer, index)
             raise AtlasError(f"Root {spec!r}: {dictionary.record.id} has features 0 to {dictionary.record.d_sae - 1}.")
