@@ -18,12 +18,14 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def store_option(command: F) -> F:
-    """The option --store (or ATLAS_STORE) that every command shares; the parameter is `store: str | None`."""
+    """The option --store (or ATLAS_STORE) that every command shares; the parameter is `store: str`."""
     option = click.option(
         "--store",
         envvar="ATLAS_STORE",
+        default="atlas-store",
+        show_default=True,
         metavar="DIR|URI",
-        help="Folder of the embedded database, or Bolt address of a Neo4j.  [default: atlas-store]",
+        help="Folder of the embedded database, or Bolt address of a Neo4j.",
     )
     return option(command)
 

@@ -98,7 +98,9 @@ def _lock(folder: Path) -> BinaryIO:
         file.seek(0)
         holder = file.read().decode(errors="replace").strip()
         file.close()
-        who = "this process" if holder == str(os.getpid()) else f"another process (id {holder or 'unknown'})"
+        if holder == str(os.getpid()):
+            raise AtlasError(f"The store {folder} is held by this process; use the one that is open, or close it.")
+        who = f"another process (id {holder or 'unknown'})"
         raise AtlasError(f"The store {folder} is held by {who}; close it there, or wait until it has finished.")
     file.truncate(0)
     file.write(str(os.getpid()).encode())

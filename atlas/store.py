@@ -45,12 +45,13 @@ logging.getLogger("neo4j").addHandler(logging.NullHandler())
 def connect(where: str | Path | None = None, *, create: bool = True) -> "Store":
     """Open the store at `where`: a Bolt address (it has `://`) or a folder of the embedded engine.
 
-    None means ATLAS_STORE of the environment, or else the folder `atlas-store` in the working
-    directory. With `create` false a folder without a database is refused. Raises AtlasError when the
-    server is not there or refuses the password, when the folder cannot be used, and when a newer
-    program wrote the database.
+    A folder that is named is made where it is missing, unless `create` is false. None means ATLAS_STORE
+    of the environment, or else the folder `atlas-store` in the working directory, and makes nothing.
+    Raises AtlasError when there is no store, when the server is not there or refuses the password, when
+    the folder cannot be used, and when a newer program wrote the database.
     """
     place = str(where or os.environ.get("ATLAS_STORE") or DEFAULT_FOLDER)
+    create = create and where is not None
     store = _connect_neo4j(place) if "://" in place else _open_folder(Path(place), create)
     try:
         check_version(store)
