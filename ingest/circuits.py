@@ -29,13 +29,14 @@ from ingest.spans import spans
 class CircuitRequest:
     """One word of `--roots` under one rule: what a later run compares to know what is still to do.
 
-    `look_share` says which attention scores are taken apart, see `ingest.graph`; it is one for a prompt.
+    `look_share` says which attention scores are taken apart (see `ingest.graph`), alike for all of a prompt's
+    requests; with None it is still to be settled, by what is stored.
     """
 
     rule: str
     threshold: float
     root: RootRequest
-    look_share: float = LOOK_SHARE
+    look_share: float | None = LOOK_SHARE
 
     @property
     def stored(self) -> str:
@@ -70,7 +71,8 @@ def prompt_record(
     logits = list(dict.fromkeys(root for sweep in sweeps for root in sweep.roots if root.site == "logit"))
     groups = _groups(sweeps, replacement)
     at = score_nodes(replacement, replacement.n_layers)
-    parts = score_parts(replacement, at, looks(groups, replacement, requests[0].look_share))
+    look_share = requests[0].look_share or LOOK_SHARE
+    parts = score_parts(replacement, at, looks(groups, replacement, look_share))
     nodes = Nodes(prompt_id, model, replacement, groups, only_for_scores(groups, at, parts), logits)
     direct, ov, unstored = linear_edges(nodes)
     scores, qk = qk_edges(nodes, at, parts)

@@ -63,6 +63,12 @@ def model_options(command: F) -> F:
 )
 @click.option("--rule", default="relative", show_default=True, help=f"Which nodes to keep: {', '.join(THRESHOLDS)}.")
 @click.option("--threshold", type=float, help="The rule's threshold.  [default: " + str(THRESHOLDS)[1:-1] + "]")
+@click.option(
+    "--look-share",
+    default=0.05,
+    show_default=True,
+    help="Say why a head looks at a token where it brings a feature at least this share of its pre-activation.",
+)
 @click.option("--truncate", is_flag=True, help="Cut prompts that are longer than the model's context.")
 @click.option("--verify/--no-verify", default=True, help="Measure circuits in the real model, or leave that out.")
 def ingest(
@@ -75,6 +81,7 @@ def ingest(
     roots: Sequence[str],
     rule: str,
     threshold: float | None,
+    look_share: float,
     truncate: bool,
     verify: bool,
 ) -> None:
@@ -85,6 +92,8 @@ def ingest(
     if not files and not texts:
         raise AtlasError("Nothing to ingest: give a file, --text, or - for standard input.")
     threshold = _threshold(rule, threshold)
+    if not 0 < look_share <= 1:
+        raise AtlasError(f"--look-share {look_share} is not a share: give a number above 0 and at most 1.")
     refusals: list[str] = []
 
     def complain(sentence: str) -> None:
@@ -103,7 +112,7 @@ def ingest(
         from ingest.setup import set_up
 
         setup = set_up(model, dictionaries=dictionaries, layers=layers)
-        requests = circuit_requests(setup, roots, rule, threshold)
+        requests = circuit_requests(setup, roots, rule, threshold, look_share)
         tasks = prepare_tasks(setup, prompts, truncate, complain)
         if not tasks:
             raise AtlasError("No prompt is left to ingest; nothing was written.")

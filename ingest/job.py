@@ -26,6 +26,7 @@ from atlas.store import Store
 from atlas.writer import finish_run, register, stored_requests, write_prompt
 from ingest.circuits import CircuitRequest, prompt_record
 from ingest.faithfulness import Ablation, measured
+from ingest.graph import LOOK_SHARE
 from ingest.prompts import Complain, Prompt
 from ingest.roots import parse_root
 from ingest.setup import Setup
@@ -77,9 +78,13 @@ def prepare_tasks(setup: Setup, prompts: Iterable[Prompt], truncate: bool, compl
     return list(tasks.values())
 
 
-def circuit_requests(setup: Setup, specs: Sequence[str], rule: str, threshold: float) -> list[CircuitRequest]:
-    """The requests of this run. Raises AtlasError for a root that cannot be."""
-    return [CircuitRequest(rule, threshold, parse_root(spec, setup.model, setup.dictionaries)) for spec in specs]
+def circuit_requests(
+    setup: Setup, specs: Sequence[str], rule: str, threshold: float, look_share: float | None = None
+) -> list[CircuitRequest]:
+    """The requests of this run; without `look_share`, that of the stored prompt stays. Raises AtlasError for a root
+    that cannot be."""
+    roots = [parse_root(spec, setup.model, setup.dictionaries) for spec in specs]
+    return [CircuitRequest(rule, threshold, root, look_share) for root in roots]
 
 
 def run(
@@ -163,15 +168,21 @@ def _with_shares(record: PromptRecord, shares: Mapping[str, tuple[float, SharesR
 
 
 def _merge(setup: Setup, stored: Sequence[str], requests: Sequence[CircuitRequest]) -> list[CircuitRequest]:
-    """What is stored and what is asked; of two thresholds for one root and rule, the one asked now."""
+    """What is stored and what is asked; of two thresholds for one root and rule, the one asked now.
+
+    A prompt has one look share: the one asked now, or the stored one, or `LOOK_SHARE`.
+    """
     merged: dict[tuple[str, str], CircuitRequest] = {}
     for row in map(json.loads, stored):
         root = parse_root(row["root"], setup.model, setup.dictionaries)
-        merged[row["root"], row["rule"]] = CircuitRequest(row["rule"], row["threshold"], root)
+        merged[row["root"], row["rule"]] = CircuitRequest(row["rule"], row["threshold"], root, row.get("look_share"))
+    earlier = [request.look_share for request in merged.values()]
     for request in requests:
         merged.pop((request.root.spec, request.rule), None)
         merged[request.root.spec, request.rule] = request
-    return list(merged.values())
+    asked = [request.look_share for request in requests]
+    look_share = next((share for share in (*asked, *earlier) if share is not None), LOOK_SHARE)
+    return [replace(request, look_share=look_share) for request in merged.values()]
 
 
 def prompt_id(setup: Setup, tokens: list[int]) -> str:
