@@ -51,13 +51,6 @@ def set_up(
     """
     model, places = load_with_places(name, dtype, dictionaries, layers)
     found = load_dictionaries(places, model, layers)
-    for dictionary in found:
-        if dictionary.layer_norm:
-            raise AtlasError(
-                f"{dictionary.record.id} ({dictionary.record.source}) normalises its input token by token: its read "
-                "vectors and biases differ from token to token, which attribution does not carry yet. It can be "
-                "measured: atlas dictionaries measure."
-            )
     record = ReplacementModelRecord(
         id=replacement_id(model, found),
         name=model.record.id,
