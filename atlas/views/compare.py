@@ -131,10 +131,11 @@ def _node(left: _Side, right: _Side, key: str, row: int, positions: list[int]) -
     in_a, in_b = left.nodes.get(key), right.nodes.get(key)
     shown = in_a or right.nodes[key]
     node = shown.row
-    name = node["name"] if positions or not text(node["feature"]) else node["name"].partition(" @")[0]
+    token = node["kind"] == "Embedding" and not positions
+    name = node["name"] if positions or token else node["name"].partition(" @")[0]
     return Node(
         name=name,
-        caption=caption(name, text(node["label"])),
+        caption=shown.tokens[0] if token else caption(name, text(node["label"])),
         kind=node["kind"],
         row=row,
         column=positions.index(node["position"]) if positions else list(PARTS).index(part),

@@ -23,7 +23,8 @@ const KINDS = {
   Bias: "biases",
   Logit: "logits",
 };
-const UNNAMED = new Set(["Embedding", "PositionEmbedding"]); // their token is their column's name
+// where columns are tokens, an embedding's column says its name
+const UNNAMED = new Set(picture.columns_are === "tokens" ? ["Embedding", "PositionEmbedding"] : []);
 const MARGIN = { left: 84, right: 18, top: 18, bottom: 96 }; // px, of the axes
 const EXPORT = { width: 1100, height: 620, head: 96 }; // px, the least size of a saved figure
 const FIRST_EDGES = 300; // as many are drawn at first
@@ -206,7 +207,7 @@ const svg = figure
   .append("svg")
   .attr("role", "group")
   .attr("aria-label", "Graph. Arrow keys move between nodes, Enter keeps one, Escape lets it go.");
-const buttons = controls.append("div").attr("class", "buttons");
+const buttons = header.append("div").attr("class", "buttons");
 for (const [text, name, action] of [
   ["+", "Zoom in", () => svg.call(zoom.scaleBy, 1.4)],
   ["−", "Zoom out", () => svg.call(zoom.scaleBy, 1 / 1.4)],
@@ -531,8 +532,12 @@ body.on("keydown", (event) => {
 
 // ---------------------------------------------------------------- the card
 
+let carded; // the node whose card is drawn: drawn again, it would close what a person opened in it
+
 function drawCard() {
   const chosen = state.pinned ?? state.near;
+  if (chosen === carded) return;
+  carded = chosen;
   card.selectAll("*").remove();
   if (chosen === null) {
     card.append("p").attr("class", "hint").text("Point at a node or move to one with Tab and the arrow keys: here stands what drives it and what it drives. Click or Enter keeps it, Escape lets it go.");
