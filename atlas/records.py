@@ -183,7 +183,8 @@ class AttentionScores:
     @classmethod
     def none(cls) -> "AttentionScores":
         """No scores."""
-        return cls(*(np.zeros(0, dtype=np.int64) for _ in range(4)), *(np.zeros(0) for _ in range(3)))
+        whole, real = np.zeros(0, dtype=np.int64), np.zeros(0)
+        return cls(whole, whole, whole, whole, real, real, real)
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,8 @@ class QKEdges:
     @classmethod
     def none(cls) -> "QKEdges":
         """No edges."""
-        return cls(*(np.zeros(0, dtype=np.int64) for _ in range(4)), *(np.zeros(0) for _ in range(2)))
+        whole, real = np.zeros(0, dtype=np.int64), np.zeros(0)
+        return cls(whole, whole, whole, whole, real, real)
 
 
 @dataclass(frozen=True)

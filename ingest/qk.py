@@ -145,7 +145,8 @@ def score_parts(model: ReplacementModel, nodes: ScoreNodes, looks: Int[torch.Ten
     layer, head, query, key = looks.T
     score = torch.zeros(len(looks), dtype=torch.float64)
     unstored = torch.zeros_like(score)
-    found = [_Pairs(*(looks[:0, 0] for _ in range(3)), score[:0], score[:0])]
+    none = looks[:0, 0]
+    found = [_Pairs(none, none, none, score[:0], score[:0])]
     for at in layer.unique().tolist():
         which = (layer == at).nonzero()[:, 0]
         score[which], unstored[which], pairs = _layer(model, nodes, at, looks[which, 1:])

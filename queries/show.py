@@ -1,7 +1,8 @@
 """`atlas show CIRCUIT`: a circuit as a tree that a person can read in a terminal.
 
 Under each node stand its drivers: the circuit's nodes with an edge into it, with the share of its
-pre-activation that each accounts for, summed over the heads that carry it. The strongest `top` of at
+pre-activation that each accounts for, summed over the heads that carry it, and below it why each of these heads
+looked there, where the score is stored: the strongest pair of nodes behind it. The strongest `top` of at
 least `min_share` are shown, and their drivers below them, `depth` levels down. A node that stands
 in several places is opened where it stands highest, and marked with an arrow elsewhere. What is left of
 the whole is the rest: the weaker drivers, the constant, and what the circuit does not keep.
@@ -46,6 +47,7 @@ RETURN p.id AS prompt, p.text AS text, c.rule AS rule, c.threshold AS threshold,
        [label IN labels(root) WHERE NOT label IN ['CircuitNode', 'Activation']][0] AS kind,
        f.label AS label, root.position AS position, token.text AS token
 """
+_ALL = 1_000_000  # rows: every pair of a circuit
 _TOKENS = """
 MATCH (:Prompt {id: $prompt})-[:HAS_TOKEN]->(t:Token)
 RETURN t.position AS position, t.text AS text ORDER BY position
@@ -64,12 +66,28 @@ class Node:
 
 
 @dataclass(frozen=True)
+class Look:
+    """The strongest pair behind a head's score: `qk` of it, from a node at the query and one at the key."""
+
+    layer: int
+    head: int
+    query_name: str
+    key_name: str
+    qk: float
+    score: float
+
+
+@dataclass(frozen=True)
 class Driver:
-    """All that one node adds to another: `share` of its pre-activation, `heads` as (layer, head, share)."""
+    """All that one node adds to another: `share` of its pre-activation, `heads` as (layer, head, share).
+
+    `looks` are those heads' reasons to look there, as far as they are stored.
+    """
 
     node: Node
     share: float
     heads: tuple[tuple[int, int, float], ...]
+    looks: tuple[Look, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -124,30 +142,47 @@ class _Grower:
         return Branch(node, driver, branches=branches, hidden=len(self.drivers[node.id]) - len(shown), rest=rest)
 
 
-def tree(edges: pd.DataFrame, root: Node, *, depth: int, top: int, min_share: float) -> Branch:
-    """The tree below `root` from the rows of `queries.circuit`."""
-    grower = _Grower(drivers(edges), top, min_share, {})
+def tree(edges: pd.DataFrame, pairs: pd.DataFrame, root: Node, *, depth: int, top: int, min_share: float) -> Branch:
+    """The tree below `root` from the rows of `queries.circuit` and of `queries.attention`."""
+    grower = _Grower(drivers(edges, pairs), top, min_share, {})
     grower.settle(root, depth)
     return grower.grow(root, None, None)
 
 
-def drivers(edges: pd.DataFrame) -> dict[str, list[Driver]]:
+def drivers(edges: pd.DataFrame, pairs: pd.DataFrame) -> dict[str, list[Driver]]:
     """For every target's id its drivers, strongest first, the heads of each pair of nodes together."""
+    strongest = _strongest(pairs)
     found: dict[str, list[Driver]] = {}
     for (target, _), rows in edges.groupby(["target", "source"], sort=False):
         records = cast(list[dict[str, Any]], rows.fillna({"share": 0.0}).to_dict("records"))
         heads = [(int(r["layer"]), int(r["head"]), float(r["share"])) for r in records if r["via"] == "OV"]
         heads.sort(key=lambda head: -abs(head[2]))
         share = sum(float(r["share"]) for r in records)
-        found.setdefault(str(target), []).append(Driver(_source(records[0]), share, tuple(heads)))
+        ends = records[0]["target_position"], records[0]["source_position"]
+        looks = [strongest[layer, head, *ends] for layer, head, _ in heads if (layer, head, *ends) in strongest]
+        found.setdefault(str(target), []).append(Driver(_source(records[0]), share, tuple(heads), tuple(looks)))
     for strongest_first in found.values():
         strongest_first.sort(key=lambda driver: (-abs(driver.share), driver.node.id))
     return found
 
 
+def _strongest(pairs: pd.DataFrame) -> dict[tuple[int, int, int, int], Look]:
+    """The strongest pair of each score, by layer, head, query and key."""
+    order = pairs["qk"].abs().sort_values(ascending=False, kind="stable").index
+    first = pairs.loc[order].drop_duplicates(["layer", "head", "query", "key"])
+    return {
+        (int(r["layer"]), int(r["head"]), int(r["query"]), int(r["key"])): Look(
+            int(r["layer"]), int(r["head"]), r["query_name"], r["key_name"], float(r["qk"]), float(r["score"])
+        )
+        for r in cast(list[dict[str, Any]], first.to_dict("records"))
+    }
+
+
 def draw(branch: Branch) -> Tree:
     """The tree in colours by kind."""
     drawn = Tree(_line(branch), guide_style="dim")
+    for look in branch.driver.looks if branch.driver else ():
+        drawn.add(Text(_because(look), style="dim italic"))
     for below in branch.branches:
         drawn.children.append(draw(below))
     if branch.rest is not None:
@@ -190,10 +225,11 @@ def show(
         head = cast(dict[str, Any], opened.read(_HEAD, circuit=found).iloc[0].to_dict())
         tokens = opened.read(_TOKENS, prompt=head["prompt"])
         edges = queries.circuit(opened, found)
+        pairs = queries.attention(opened, found, limit=_ALL)
     root = Node(head["root"], head["name"], head["kind"], _text(head["label"]), head["token"])
     console = Console(highlight=False) if sys.stdout.isatty() else Console(width=100_000, color_system=None)
     console.print(_heading(found, head, zip(tokens["position"], tokens["text"], strict=True)))
-    console.print(draw(tree(edges, root, depth=depth, top=top, min_share=min_share)))
+    console.print(draw(tree(edges, pairs, root, depth=depth, top=top, min_share=min_share)))
 
 
 def _source(row: dict[str, Any]) -> Node:
@@ -239,6 +275,12 @@ def _through(driver: Driver) -> str:
     alone = len(driver.heads) == 1
     heads = [f"L{layer}.H{head}" + ("" if alone else f" {_percent(share)}") for layer, head, share in driver.heads]
     return f' via OV {", ".join(heads)} from "{visible(driver.node.token)}"'
+
+
+def _because(look: Look) -> str:
+    """`L2.H3 looks there: L0 mlp 7 @ in with embedding @ Texas, 3.4 of its score 7.2`."""
+    pair = f"{visible(look.query_name)} with {visible(look.key_name)}"
+    return f"L{look.layer}.H{look.head} looks there: {pair}, {look.qk:.1f} of its score {look.score:.1f}"
 
 
 def _rest(hidden: int) -> str:

@@ -205,7 +205,8 @@ def _scores(nodes: list[NodeRecord], ov: _Edges, rng: np.random.Generator) -> tu
         at_query, at_key = _below(nodes, layer, query, "q"), _below(nodes, layer, key, "k")
         pairs = {(int(rng.choice(at_query)), int(rng.choice(at_key))) for _ in range(rng.integers(0, 6))}
         if query == key and pairs:
-            pairs.add((at_query[0], at_query[0]))
+            itself = at_query[2 * layer]  # the token's embedding, or a feature
+            pairs.add((itself, itself))
         lift = {u: float(rng.normal()) for u, _ in sorted(pairs)}
         qk = {pair: float(rng.normal()) for pair in sorted(pairs)}
         rows += [(v, u, layer, head, value, lift[u]) for (u, v), value in qk.items()]

@@ -17,6 +17,8 @@ def edge(source: str, target: str, share: float, layer: int | None = None, head:
         "source_kind": kinds[source[0]],
         "source_label": None,
         "source_token": " Texas",
+        "source_position": 3,
+        "target_position": 5,
         "target": target,
         "via": "DIRECT" if head is None else "OV",
         "layer": layer,
@@ -39,8 +41,17 @@ EDGES = pd.DataFrame(
 )
 
 
+PAIRS = pd.DataFrame(
+    [
+        {"layer": 1, "head": 3, "query": 5, "key": 3, "query_name": q, "key_name": k, "qk": qk, "score": 2.04}
+        for q, k, qk in (("embedding @ is", "L0 k bias @ Texas", 0.5), ("L0 mlp 4 @ is", "embedding @ Texas", -3.26))
+    ]
+    + [{"layer": 1, "head": 0, "query": 5, "key": 2, "query_name": "q", "key_name": "k", "qk": 9.0, "score": 9.0}]
+)
+
+
 def grown(depth: int = 3, top: int = 5, min_share: float = 0.02) -> Branch:
-    return tree(EDGES, ROOT, depth=depth, top=top, min_share=min_share)
+    return tree(EDGES, PAIRS, ROOT, depth=depth, top=top, min_share=min_share)
 
 
 def printed(branch: Branch) -> list[str]:
@@ -54,7 +65,9 @@ def test_the_whole_tree_as_printed() -> None:
         'L2 mlp 7 @ is "states"',
         "├── 50.0% node a1",
         '│   ├── 60.0% node m1 via OV L1.H0 35.0%, L1.H3 25.0% from " Texas" ↕ opened elsewhere',
+        "│   │   └── L1.H3 looks there: L0 mlp 4 @ is with embedding @ Texas, -3.3 of its score 2.0",
         '│   ├── 30.0% node e1 via OV L1.H3 from " Texas"',
+        "│   │   └── L1.H3 looks there: L0 mlp 4 @ is with embedding @ Texas, -3.3 of its score 2.0",
         "│   └── 10.0% rest: the constant and what the circuit leaves out",
         "├── 30.0% node m1",
         "│   ├── 90.0% node e1",
@@ -92,9 +105,11 @@ def test_a_node_is_opened_where_it_stands_highest() -> None:
 
 
 def test_a_circuit_without_edges_is_its_root() -> None:
-    assert printed(tree(EDGES.head(0), ROOT, depth=3, top=5, min_share=0)) == ['L2 mlp 7 @ is "states"']
+    assert printed(tree(EDGES.head(0), PAIRS.head(0), ROOT, depth=3, top=5, min_share=0)) == ['L2 mlp 7 @ is "states"']
 
 
 def test_names_cannot_act_on_the_terminal() -> None:
     hostile = Node("r", "a\x1b[31m\n[bold]b", "MLP", "\x07", " is")
-    assert printed(tree(EDGES.head(0), hostile, depth=1, top=1, min_share=0)) == ['a\\x1b[31m\\n[bold]b "\\x07"']
+    assert printed(tree(EDGES.head(0), PAIRS.head(0), hostile, depth=1, top=1, min_share=0)) == [
+        'a\\x1b[31m\\n[bold]b "\\x07"'
+    ]
