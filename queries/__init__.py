@@ -9,16 +9,28 @@ and a `Circuit` is the DataFrame of one circuit, which turns into a graph.
 
 from queries.ask import batches
 from queries.graph import Circuit
-from queries.questions import circuit, circuit_nodes, circuits, edges_between, prompts_of, shared_features, upstream
+from queries.questions import (
+    attention,
+    circuit,
+    circuit_nodes,
+    circuits,
+    edges_between,
+    prompts_of,
+    qk_between,
+    shared_features,
+    upstream,
+)
 
 __all__ = [
     "Circuit",
+    "attention",
     "batches",
     "circuit",
     "circuit_nodes",
     "circuits",
     "edges_between",
     "prompts_of",
+    "qk_between",
     "shared_features",
     "upstream",
 ]

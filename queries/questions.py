@@ -95,3 +95,13 @@ def shared_features(
         "limit": limit,
     }
     return ask(store, "shared_features", given)
+
+
+def attention(store: Store, circuit: str, *, limit: int = 500) -> pd.DataFrame:
+    """What made each head of a circuit look where it looked: the pairs of nodes behind its scores; one row each."""
+    return ask(store, "attention", {"circuit": circuit, "limit": limit})
+
+
+def qk_between(store: Store, a: str, b: str, *, limit: int = 200) -> pd.DataFrame:
+    """Where feature `a` at the key and feature `b` at the query make a head look, the strongest pairs first."""
+    return ask(store, "qk_between", {"a": a, "b": b, "limit": limit})

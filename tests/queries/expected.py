@@ -12,17 +12,18 @@ LABELS = {"toy/1/mlp/24": 'a "label" with `ticks` and [bold]brackets[/bold]', "t
 
 @dataclass(frozen=True)
 class Tables:
-    """Everything in some prompts: one row per node, edge, membership, circuit and firing."""
+    """Everything in some prompts: one row per node, edge, membership, circuit, firing and QK pair."""
 
     nodes: pd.DataFrame
     edges: pd.DataFrame
     members: pd.DataFrame
     circuits: pd.DataFrame
     firings: pd.DataFrame
+    pairs: pd.DataFrame
 
 
 def tables(prompts: list[PromptRecord]) -> Tables:
-    nodes, edges, members, circuits, firings = [], [], [], [], []
+    nodes, edges, members, circuits, firings, pairs = [], [], [], [], [], []
     for p in prompts:
         ids = [n.id for n in p.nodes]
         for n in p.nodes:
@@ -49,7 +50,13 @@ def tables(prompts: list[PromptRecord]) -> Tables:
                 members.append({"circuit": c.id, "node": ids[m], "attribution": a, "is_root": m == c.root})
         for f in p.firings:
             firings.append({"feature": f"{f.dictionary}/{f.index}", "record": p, "firing": f})
-    return Tables(*(pd.DataFrame(rows) for rows in (nodes, edges, members, circuits, firings)))
+        scores = {look[:4]: look[4:] for look in zip(*(a.tolist() for a in vars(p.scores).values()), strict=True)}
+        for s, t, la, h, qk, lift in zip(*(a.tolist() for a in vars(p.qk).values()), strict=True):
+            query, key = p.nodes[t].position, p.nodes[s].position
+            row = {"prompt": p.id, "task": p.task, "layer": la, "head": h, "query": query, "key": key}
+            row |= dict(zip(("score", "pattern", "unstored"), scores[la, h, query, key], strict=True))
+            pairs.append(row | {"key_node": ids[s], "query_node": ids[t], "qk": qk, "lift": lift})
+    return Tables(*(pd.DataFrame(rows) for rows in (nodes, edges, members, circuits, firings, pairs)))
 
 
 def ends(t: Tables) -> pd.DataFrame:
@@ -168,3 +175,27 @@ def shared_features(t: Tables, task: str, min_share_of_prompts=0.5, layer=None, 
     )
     found["share_of_prompts"] = found["n_prompts"] / total
     return found[found["n_prompts"] >= min_share_of_prompts * total]
+
+
+def pairs(t: Tables) -> pd.DataFrame:
+    """Every QK pair with what is known of its two nodes."""
+    joined = t.pairs
+    for end in ("query", "key"):
+        known = t.nodes[["id", "name", "feature", "label", "token"]].add_prefix(f"{end}_")
+        joined = joined.merge(known, left_on=f"{end}_node", right_on=f"{end}_id", validate="m:1")
+    return joined
+
+
+def attention(t: Tables, circuit: str) -> pd.DataFrame:
+    edges = ends(t)
+    inside = set(t.members.loc[t.members["circuit"] == circuit, "node"])
+    edges = edges[edges["source"].isin(inside) & edges["target"].isin(inside) & (edges["via"] == "OV")]
+    moved = edges.groupby(["target", "layer", "head", "source_prompt", "target_position", "source_position"])["share"]
+    share = moved.sum().abs().groupby(level=[1, 2, 3, 4, 5]).max().reset_index()
+    share = share.rename(columns={"source_prompt": "prompt", "target_position": "query", "source_position": "key"})
+    return pairs(t).merge(share, on=["prompt", "layer", "head", "query", "key"])
+
+
+def qk_between(t: Tables, a: str, b: str) -> pd.DataFrame:
+    found = pairs(t)
+    return found[(found["key_feature"] == a) & (found["query_feature"] == b)]

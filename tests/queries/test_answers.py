@@ -126,12 +126,46 @@ def test_shared_features(filled: Filled) -> None:
         assert_falls(answer["n_prompts"])
 
 
+def test_attention(filled: Filled) -> None:
+    answered = 0
+    for name in filled.tables.circuits["circuit"]:
+        wanted = expected.attention(filled.tables, name)
+        answer = queries.attention(filled.store, name, limit=ALL)
+        answered += len(wanted) > 0
+        if len(wanted):
+            assert_answer(answer, "attention", wanted, ["layer", "head", "query", "key", "query_node", "key_node"])
+        else:
+            assert answer.empty
+        assert_falls(answer["share"])
+        for _, pairs in answer.groupby(["layer", "head", "query", "key"], sort=False):
+            assert_falls(pairs["qk"].abs())
+        pd.testing.assert_frame_equal(queries.attention(filled.store, name, limit=7), answer.head(7))
+    assert answered > 3
+    assert (filled.tables.pairs["query_node"] == filled.tables.pairs["key_node"]).any(), "with a node and itself"
+
+
+def test_qk_between(filled: Filled) -> None:
+    store, pairs = filled.store, expected.pairs(filled.tables)
+    both = pairs.dropna(subset=["key_feature", "query_feature"])
+    itself = both[both["query_node"] == both["key_node"]]
+    for a, b in (
+        both.groupby(["key_feature", "query_feature"]).size().idxmax(),
+        itself[["key_feature", "query_feature"]].iloc[0],
+    ):
+        answer = queries.qk_between(store, a, b)
+        wanted = expected.qk_between(filled.tables, a, b)
+        assert_answer(answer, "qk_between", wanted, ["key_node", "query_node", "layer", "head"])
+        assert_falls(answer["qk"].abs())
+
+
 GIVEN = {
+    "attention": {"circuit": "a"},
     "circuit": {"circuit": "a"},
     "circuit_nodes": {"circuit": "a"},
     "circuits": {},
     "edges_between": {"a": "a", "b": "b"},
     "prompts_of": {"feature": "a"},
+    "qk_between": {"a": "a", "b": "b"},
     "shared_features": {"task": "a"},
     "upstream": {"feature": "a"},
 }
@@ -197,12 +231,15 @@ def test_each_file_runs_as_pasted_into_browser(filled_neo4j: Filled) -> None:
     pairs = expected.ends(t).dropna(subset=["source_feature", "target_feature"])
     fires = pairs["source_feature"].isin(set(t.firings["feature"]))
     a, b = pairs.loc[fires, ["source_feature", "target_feature"]].iloc[0]
+    looked = expected.pairs(t).dropna(subset=["key_feature", "query_feature"]).iloc[0]
     real = {
+        "attention": {"circuit": circuit},
         "circuit": {"circuit": circuit},
         "circuit_nodes": {"circuit": circuit},
         "circuits": {"task": "stones"},
         "edges_between": {"a": a, "b": b},
         "prompts_of": {"feature": a},
+        "qk_between": {"a": looked["key_feature"], "b": looked["query_feature"]},
         "shared_features": {"task": "stones"},
         "upstream": {"feature": b},
     }
