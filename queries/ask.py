@@ -13,17 +13,18 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from atlas import Store
 from atlas.errors import AtlasError
-from queries.catalogue import Question, Value, nearest, question
+from queries.catalogue import WORDS, Question, Value, nearest, question
 
 _DTYPES = {"string": "string", "integer": "Int64", "float": "float64", "boolean": "boolean", "list": "object"}
 
-# For each type of parameter that names a stored thing: the label and property to look it up by.
+# For each type of parameter that names a stored thing: the labels and properties to look it up by.
 _STORED = {
-    "feature": ("Feature", "id"),
-    "node": ("CircuitNode", "id"),
-    "prompt": ("Prompt", "id"),
-    "circuit": ("Circuit", "id"),
-    "task": ("Prompt", "task"),
+    "feature": [("Feature", "id")],
+    "node": [("CircuitNode", "id")],
+    "prompt": [("Prompt", "id")],
+    "circuit": [("Circuit", "id")],
+    "task": [("Prompt", "task")],
+    "group": [("Circuit", "id"), ("Prompt", "id"), ("Prompt", "task")],
 }
 _CANDIDATES = 2000  # ids that a misspelt one is compared with
 
@@ -91,11 +92,16 @@ def _refuse_unknown(store: Store, asked: Question, parameters: Mapping[str, Valu
         value = parameters[parameter.name]
         if parameter.type not in _STORED or not isinstance(value, str):
             continue
-        label, key = _STORED[parameter.type]
-        if len(store.read(f"MATCH (n:{label} {{{key}: $value}}) RETURN n.{key} AS found LIMIT 1", value=value)):
+        places = _STORED[parameter.type]
+        if any(_is_stored(store, label, key, value) for label, key in places):
             continue
-        if candidates := _candidates(store, label, key, value):
-            raise AtlasError(f"There is no {parameter.type} {value!r} in the store{nearest(value, candidates)}.")
+        if candidates := [near for label, key in places for near in _candidates(store, label, key, value)]:
+            what = WORDS.get(parameter.type, parameter.type)
+            raise AtlasError(f"There is no {what} {value!r} in the store{nearest(value, candidates)}.")
+
+
+def _is_stored(store: Store, label: str, key: str, value: str) -> bool:
+    return len(store.read(f"MATCH (n:{label} {{{key}: $value}}) RETURN n.{key} AS found LIMIT 1", value=value)) > 0
 
 
 def _candidates(store: Store, label: str, key: str, value: str) -> list[str]:

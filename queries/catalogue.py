@@ -15,7 +15,7 @@ the command line for its options, and by `ask` for its checks and the types of i
 
 A parameter without a default is required. Its type is string; integer or float, with the range it must
 lie in (`integer 1..6`, `float 0..`); choices between bars (`DIRECT|OV`); or what it names by id (feature,
-node, prompt, circuit) or by name (task).
+node, prompt, circuit) or by name (task), or a group of circuits by any of these (group: a circuit, prompt or task).
 Defaults and examples are JSON. Columns are string, integer, float, boolean or list; those with
 a star are the ones that a printed table shows.
 """
@@ -37,6 +37,7 @@ Value = str | int | float | None
 
 _PARAMETER = re.compile(r"(\w+): ([\w|]+)(?: (\d+)\.\.(\d*))?(?: = ([^;]+))?; e\.g\. ([^;]+); (.+)")
 _NUMBERS = {"integer": "an integer", "float": "a number"}
+WORDS = {"group": "circuit, prompt or task"}  # what a type is called where its name does not say it
 _LARGEST = 1_000_000_000  # of an integer: the embedded engine's LIMIT takes no larger one
 _COLUMN = re.compile(r"(\w+)(\*?): (\w+); (.+)")
 
@@ -64,7 +65,7 @@ class Parameter:
         if self.choices:
             return "one of " + ", ".join(self.choices)
         if self.type not in _NUMBERS:
-            return "a string" if self.type == "string" else f"a {self.type}, as a string"
+            return "a string" if self.type == "string" else f"a {WORDS.get(self.type, self.type)}, as a string"
         upper = f" to {self.most:.0f}" if self.most < _LARGEST else " or more"
         return f"{_NUMBERS[self.type]}, {self.least:.0f}{upper}"
 

@@ -2,11 +2,14 @@
 
 from dataclasses import dataclass, replace
 
+import numpy as np
+import pandas as pd
 import pytest
 
 from atlas.store import Store
+from atlas.wiring import Wire, write_wires
 from atlas.writer import register, write_prompt
-from tests.queries.expected import LABELS, Tables, tables
+from tests.queries.expected import LABELS, Tables, feeds, tables
 from tests.synthetic import synthetic_model, synthetic_prompt, synthetic_run
 
 
@@ -32,6 +35,25 @@ def fill(store: Store) -> Filled:
     rows = [{"id": id, "label": label} for id, label in LABELS.items()]
     store.write(lambda transaction: transaction.run(set_labels, rows=rows).consume())
     return Filled(store, tables(prompts))
+
+
+def write_some_wires(store: Store, t: Tables) -> pd.DataFrame:
+    """Virtual weights into features of both sites of layer 1, some of which the prompts use."""
+    rng = np.random.default_rng(0)
+    below = sorted({f for f in t.firings["feature"] if f.startswith("toy/0/")})
+    rows = []
+    for via, site in (("MLP", "mlp"), ("OV", "attn")):
+        fed = feeds(t)
+        fed = fed[fed["target_feature"].str.startswith(f"toy/1/{site}/")]
+        for target, pairs in list(fed.groupby("target_feature"))[:6]:
+            sources = dict.fromkeys([*pairs["source_feature"].unique()[:3], *below[:3]])
+            for rank, source in enumerate(sources, 1):
+                layer, head = (1, int(rng.integers(2))) if via == "OV" else (None, None)
+                rows.append(Wire(source, target, via, layer, head, float(rng.normal()), rank))
+    for via in ("MLP", "OV"):
+        wires = [row for row in rows if row.via == via]
+        write_wires(store, via, sorted({wire.target for wire in wires}), wires)
+    return pd.DataFrame(rows).astype({"layer": "float64", "head": "float64"})
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from atlas.store import Store
 from queries.ask import typed
 from queries.catalogue import question, questions
 from tests.queries import expected
-from tests.queries.conftest import Filled
+from tests.queries.conftest import Filled, write_some_wires
 
 ALL = 100_000
 
@@ -163,11 +163,27 @@ GIVEN = {
     "circuit": {"circuit": "a"},
     "circuit_nodes": {"circuit": "a"},
     "circuits": {},
+    "coactive": {"feature": "a"},
+    "consensus": {"task": "a"},
+    "diff": {"a": "a", "b": "b"},
+    "downstream": {"feature": "a"},
+    "drivers_of_head": {"layer": 0, "head": 0},
     "edges_between": {"a": "a", "b": "b"},
+    "errors": {},
+    "faithful": {},
+    "feature": {"feature": "a"},
+    "find_features": {},
+    "motifs": {},
     "prompts_of": {"feature": "a"},
     "qk_between": {"a": "a", "b": "b"},
     "shared_features": {"task": "a"},
+    "similar_circuits": {"circuit": "a"},
+    "spans": {},
+    "specificity": {"a": "a", "b": "b"},
+    "strongest_paths": {"circuit": "a"},
     "upstream": {"feature": "a"},
+    "used": {},
+    "wired": {},
 }
 
 
@@ -237,12 +253,29 @@ def test_each_file_runs_as_pasted_into_browser(filled_neo4j: Filled) -> None:
         "circuit": {"circuit": circuit},
         "circuit_nodes": {"circuit": circuit},
         "circuits": {"task": "stones"},
+        "coactive": {"feature": a},
+        "consensus": {"task": "stones"},
+        "diff": {"a": "stones", "b": "rivers"},
+        "downstream": {"feature": a},
+        "drivers_of_head": {"layer": 1, "head": 0},
         "edges_between": {"a": a, "b": b},
+        "errors": {"task": "stones"},
+        "faithful": {"task": "stones"},
+        "feature": {"feature": a},
+        "find_features": {"text": "stones", "layer": None, "site": None},
+        "motifs": {"min_prompts": 1},
         "prompts_of": {"feature": a},
         "qk_between": {"a": looked["key_feature"], "b": looked["query_feature"]},
         "shared_features": {"task": "stones"},
+        "similar_circuits": {"circuit": circuit},
+        "spans": {"feature": None},
+        "specificity": {"a": a, "b": b, "c": None, "task": None, "via": None, "head": None},
+        "strongest_paths": {"circuit": circuit, "source": None},
         "upstream": {"feature": b},
+        "used": {"show": "all", "feature": None},
+        "wired": {"show": "all", "feature": None},
     }
+    write_some_wires(store, t)
     for name, asked in questions().items():
         literal = asked.browser.removeprefix(":param ")
         parameters = store.read(f"RETURN {literal} AS parameters")["parameters"][0]

@@ -1,0 +1,87 @@
+// What has one circuit, prompt or task in its circuits that another has not, and what changed its share?
+//
+// Parameters:
+//   a: group; e.g. "capitals"; id of a circuit or of a prompt, or a task: that circuit, or all circuits of that
+//   b: group; e.g. "states"; the same for the other side
+//   limit: integer 0.. = 200; e.g. 50; the most rows to return
+//
+// Columns, the largest change first:
+//   found*: string; in which side: only a, only b, or both
+//   part*: string; node or edge
+//   source*: string; the node, or the one that writes: a feature's id, or else what it is, as "embedding @ Texas"
+//   source_label*: string; the feature's label, where it has one
+//   target*: string; the node that reads, edges only
+//   target_label*: string; the feature's label, where it has one
+//   via*: string; DIRECT or OV, edges only
+//   layer*: integer; the head's layer, OV only
+//   head*: integer; the head, OV only
+//   n_circuits_a: integer; circuits of a that have it
+//   n_circuits_b: integer; circuits of b that have it
+//   share_a*: float; mean over a's circuits of what it gives: a node to the root's value, an edge to its targets
+//   share_b*: float; the same for b
+//   change*: float; share_b minus share_a
+//
+// In Neo4j Browser, first:
+//   :param {a: "capitals", b: "states", limit: 50}
+
+CALL () {
+  UNWIND [['a', $a], ['b', $b]] AS pair
+  WITH pair[0] AS side, pair[1] AS name
+  CALL (name) {
+    MATCH (c:Circuit {id: name})
+    RETURN c
+    UNION
+    MATCH (c:Circuit {prompt: name})
+    RETURN c
+    UNION
+    MATCH (:Prompt {task: name})-[:HAS_CIRCUIT]->(c:Circuit)
+    RETURN c
+  }
+  RETURN side, collect(c) AS circuits
+}
+WITH collect({side: side, circuits: circuits}) AS sides
+WITH sides
+WHERE size(sides) = 2
+UNWIND sides AS group
+WITH group.side AS side, group.circuits AS circuits, size(group.circuits) AS n_all
+UNWIND circuits AS c
+CALL (c) {
+  MATCH (c)-[part:INCLUDES]->(s:CircuitNode)
+  RETURN 'node' AS part, s, null AS t, null AS via, null AS layer, null AS head,
+         CASE WHEN c.root_value <> 0 THEN part.attribution / c.root_value ELSE 0.0 END AS share
+  UNION ALL
+  MATCH (c)-[:INCLUDES]->(s:CircuitNode)-[e:DIRECT|OV]->(t:CircuitNode)<-[:INCLUDES]-(c)
+  RETURN 'edge' AS part, s, t, type(e) AS via, e.layer AS layer, e.head AS head,
+         CASE WHEN t.pre_activation <> 0 THEN e.weight / t.pre_activation ELSE 0.0 END AS share
+}
+OPTIONAL MATCH (s)-[:OF]->(f:Feature)
+OPTIONAL MATCH (t)-[:OF]->(g:Feature)
+WITH side, n_all, c, part, via, layer, head, share, f.label AS source_label, g.label AS target_label,
+     CASE
+       WHEN f IS NOT NULL THEN f.id
+       WHEN s:Error THEN 'L' + s.layer + ' ' + s.site + ' error'
+       WHEN s:Bias THEN 'L' + s.layer + ' ' + s.site + ' bias'
+       ELSE s.name
+     END AS source,
+     CASE WHEN g IS NOT NULL THEN g.id ELSE t.name END AS target
+WITH part, source, source_label, target, target_label, via, layer, head,
+     count(DISTINCT CASE WHEN side = 'a' THEN c END) AS n_circuits_a,
+     count(DISTINCT CASE WHEN side = 'b' THEN c END) AS n_circuits_b,
+     sum(CASE WHEN side = 'a' THEN share / n_all ELSE 0.0 END) AS share_a,
+     sum(CASE WHEN side = 'b' THEN share / n_all ELSE 0.0 END) AS share_b
+RETURN CASE WHEN n_circuits_b = 0 THEN 'only a' WHEN n_circuits_a = 0 THEN 'only b' ELSE 'both' END AS found,
+       part,
+       source,
+       source_label,
+       target,
+       target_label,
+       via,
+       layer,
+       head,
+       n_circuits_a,
+       n_circuits_b,
+       share_a,
+       share_b,
+       share_b - share_a AS change
+ORDER BY abs(change) DESC, part DESC, source, target, via, head
+LIMIT toInteger($limit)

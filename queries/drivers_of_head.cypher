@@ -1,0 +1,50 @@
+// Which pairs of features does a head serve across all prompts: what it carries from A to B, and what makes it look?
+//
+// Parameters:
+//   layer: integer 0..; e.g. 2; the head's layer
+//   head: integer 0..; e.g. 3; the head
+//   via: OV|QK = null; e.g. "OV"; OV for what it carries only, QK for what makes it look only
+//   min_prompts: integer 1.. = 1; e.g. 3; the fewest prompts that show the pair
+//   limit: integer 0.. = 100; e.g. 20; the most rows to return
+//
+// Columns, those that most prompts show first:
+//   via*: string; OV where the head carries from source to target; QK where target looks at source because of the two
+//   source*: string; id of the feature at the key, whose token is looked at
+//   source_label*: string; its label, where it has one
+//   target*: string; id of the feature at the query
+//   target_label*: string; its label, where it has one
+//   n_prompts*: integer; prompts that show the pair
+//   n_edges*: integer; edges in them
+//   mean*: float; mean weight (OV), or mean part of the score (QK)
+//   mean_share*: float; mean of the weight over the target's pre-activation, OV only
+//
+// In Neo4j Browser, first:
+//   :param {layer: 2, head: 3, via: null, min_prompts: 1, limit: 20}
+
+CALL () {
+  UNWIND CASE WHEN coalesce($via, 'OV') = 'OV' THEN [$layer] ELSE [] END AS layer
+  MATCH (b:Feature)<-[r:FEEDS]-(a:Feature)
+  WHERE b.layer = layer AND b.site = 'attn' AND r.head = $head AND r.n_prompts >= $min_prompts
+  RETURN 'OV' AS via, a, b, r.n_prompts AS n_prompts, r.n_edges AS n_edges, r.mean_weight AS mean,
+         r.mean_share AS mean_share
+  UNION ALL
+  UNWIND CASE WHEN coalesce($via, 'QK') = 'QK' THEN [$layer] ELSE [] END AS layer
+  MATCH (u:Activation)-[e:QK]->(v:Activation)
+  WHERE e.layer = layer AND e.head = $head
+  MATCH (u)-[:OF]->(a:Feature)
+  MATCH (v)-[:OF]->(b:Feature)
+  WITH a, b, count(DISTINCT u.prompt) AS n_prompts, count(e) AS n_edges, avg(e.score) AS mean
+  WHERE n_prompts >= $min_prompts
+  RETURN 'QK' AS via, a, b, n_prompts, n_edges, mean, null AS mean_share
+}
+RETURN via,
+       a.id AS source,
+       a.label AS source_label,
+       b.id AS target,
+       b.label AS target_label,
+       n_prompts,
+       n_edges,
+       mean,
+       mean_share
+ORDER BY n_prompts DESC, abs(mean) DESC, source, target, via
+LIMIT toInteger($limit)

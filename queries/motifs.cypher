@@ -1,0 +1,84 @@
+// Which features feed which in many prompts: A -> B, or A -> B -> C in one and the same prompt?
+//
+// Parameters:
+//   min_prompts: integer 1.. = 2; e.g. 5; the fewest prompts that show it
+//   length: integer 2..3 = 2; e.g. 3; features of the motif: 2 for A -> B, 3 for A -> B -> C
+//   feature: feature = null; e.g. "mini/2/mlp/812"; motifs with this feature only: as A or B, in length 3 as B
+//   via: DIRECT|OV = null; e.g. "OV"; edges of this kind only
+//   among: integer 1.. = 1000; e.g. 3000; length 3 joins this many pairs, those that most prompts show
+//   limit: integer 0.. = 50; e.g. 20; the most rows to return; length 3 counts this many chains
+//
+// Columns, those that most prompts show first:
+//   a*: string; id of the first feature
+//   a_label: string; its label, where it has one
+//   ab*: string; how it feeds the second: DIRECT, or the head as L2.H3
+//   b*: string; id of the second feature
+//   b_label: string; its label, where it has one
+//   bc*: string; how that feeds the third: DIRECT, or the head; length 3 only
+//   c*: string; id of the third feature, length 3 only
+//   c_label: string; its label, where it has one
+//   n_prompts*: integer; prompts that show the motif
+//   n_edges: integer; edges A -> B in all prompts, or for length 3 pairs of edges that meet in a node of B
+//   mean_share*: float; mean share of the target's pre-activation; for length 3 of the product of both shares
+//
+// In Neo4j Browser, first:
+//   :param {min_prompts: 5, length: 2, feature: null, via: null, among: 1000, limit: 20}
+
+CALL () {
+  MATCH (a:Feature {id: $feature})-[r:FEEDS]->(b:Feature)
+  RETURN r, a.id AS a, b.id AS b
+  UNION ALL
+  MATCH (a:Feature)-[r:FEEDS]->(b:Feature {id: $feature})
+  RETURN r, a.id AS a, b.id AS b
+  UNION ALL
+  UNWIND CASE WHEN $feature IS NULL THEN [true] ELSE [] END AS everything
+  MATCH (a:Feature)-[r:FEEDS]->(b:Feature)
+  WHERE r.n_prompts >= $min_prompts
+  RETURN r, a.id AS a, b.id AS b
+}
+WITH r, a, b
+WHERE r.n_prompts >= $min_prompts AND ($via IS NULL OR r.via = $via)
+WITH r, a, b
+ORDER BY r.n_prompts DESC, abs(r.mean_share) DESC, a, b, r.head
+LIMIT CASE WHEN $length = 2 THEN toInteger($limit) ELSE toInteger($among) END
+WITH collect(r) AS pairs
+CALL (pairs) {
+  UNWIND CASE WHEN $length = 2 THEN pairs ELSE [] END AS r
+  RETURN startNode(r) AS a, r, endNode(r) AS b, null AS q, null AS c,
+         r.n_prompts AS n_prompts, r.n_edges AS n_edges, r.mean_share AS mean_share
+  UNION ALL
+  UNWIND CASE WHEN $length = 3 THEN pairs ELSE [] END AS q
+  WITH pairs, startNode(q) AS middle, collect(q) AS onward
+  UNWIND pairs AS r
+  WITH r, middle, onward
+  WHERE endNode(r) = middle
+  UNWIND onward AS q
+  // No more prompts can show both than show the rarer one.
+  WITH r, q, startNode(r) AS a, endNode(r) AS b, endNode(q) AS c,
+       CASE WHEN r.n_prompts < q.n_prompts THEN r.n_prompts ELSE q.n_prompts END AS most
+  ORDER BY most DESC, a.id, b.id, c.id, r.head, q.head
+  LIMIT toInteger($limit)
+  MATCH (b)<-[:OF]-(v:CircuitNode)
+  MATCH (a)<-[:OF]-(u:CircuitNode)-[e:DIRECT|OV]->(v)
+  WHERE type(e) = r.via AND coalesce(e.head, -1) = coalesce(r.head, -1)
+  MATCH (v)-[f:DIRECT|OV]->(w:CircuitNode)-[:OF]->(c)
+  WHERE type(f) = q.via AND coalesce(f.head, -1) = coalesce(q.head, -1)
+  WITH a, r, b, q, c, v.prompt AS prompt,
+       CASE WHEN v.pre_activation <> 0 AND w.pre_activation <> 0
+            THEN e.weight / v.pre_activation * f.weight / w.pre_activation ELSE 0.0 END AS share
+  WITH a, r, b, q, c, count(DISTINCT prompt) AS n_prompts, count(*) AS n_edges, avg(share) AS mean_share
+  WHERE n_prompts >= $min_prompts
+  RETURN a, r, b, q, c, n_prompts, n_edges, mean_share
+}
+RETURN a.id AS a,
+       a.label AS a_label,
+       CASE WHEN r.via = 'OV' THEN 'L' + r.layer + '.H' + r.head ELSE r.via END AS ab,
+       b.id AS b,
+       b.label AS b_label,
+       CASE WHEN q.via = 'OV' THEN 'L' + q.layer + '.H' + q.head ELSE q.via END AS bc,
+       c.id AS c,
+       c.label AS c_label,
+       n_prompts,
+       n_edges,
+       mean_share
+ORDER BY n_prompts DESC, abs(mean_share) DESC, a, b, c, ab, bc

@@ -1,0 +1,61 @@
+// Which features feed which in many stored prompts, and how strongly are they wired in the weights?
+//
+// Parameters:
+//   show: all|weak = "weak"; e.g. "all"; only what is not among the strongest wires into its target, or all
+//   feature: feature = null; e.g. "mini/2/mlp/812"; from or to this feature only
+//   via: DIRECT|OV = null; e.g. "OV"; edges of this kind only
+//   among: integer 1.. = 1000; e.g. 5000; how many pairs to look at, those that most prompts show
+//   limit: integer 0.. = 100; e.g. 20; the most rows to return
+//
+// Columns, those that most prompts show first; only targets whose wiring was computed:
+//   source*: string; id of the feature that writes
+//   source_label*: string; its label, where it has one
+//   target*: string; id of the feature that reads
+//   target_label*: string; its label, where it has one
+//   via*: string; DIRECT or OV
+//   layer*: integer; the head's layer, OV only
+//   head*: integer; the head, OV only
+//   n_prompts*: integer; stored prompts in which the one feeds the other
+//   mean_share*: float; mean share of the target's pre-activation in them
+//   weight*: float; the virtual weight, where it is among the strongest into the target
+//   rank*: integer; its place among those, from 1
+//
+// In Neo4j Browser, first:
+//   :param {show: "weak", feature: null, via: null, among: 1000, limit: 20}
+
+CALL () {
+  MATCH (a:Feature {id: $feature})-[r:FEEDS]->(b:Feature)
+  RETURN a, r, b
+  UNION ALL
+  MATCH (a:Feature)-[r:FEEDS]->(b:Feature {id: $feature})
+  RETURN a, r, b
+  UNION ALL
+  UNWIND CASE WHEN $feature IS NULL THEN [true] ELSE [] END AS everything
+  MATCH (a:Feature)-[r:FEEDS]->(b:Feature)
+  RETURN a, r, b
+}
+WITH a, r, b, CASE WHEN r.via = 'DIRECT' THEN 'MLP' ELSE r.via END AS kind
+WHERE $via IS NULL OR r.via = $via
+WITH a, r, b, kind
+ORDER BY r.n_prompts DESC, abs(r.mean_share) DESC, a.id, b.id, r.head
+LIMIT toInteger($among)
+MATCH (b)<-[any:VIRTUAL_WEIGHT]-()
+WHERE any.via = kind
+WITH DISTINCT a, r, b, kind
+OPTIONAL MATCH (b)<-[w:VIRTUAL_WEIGHT]-(a)
+WHERE w.via = kind AND coalesce(w.head, -1) = coalesce(r.head, -1)
+WITH a, r, b, w
+WHERE $show = 'all' OR w IS NULL
+RETURN a.id AS source,
+       a.label AS source_label,
+       b.id AS target,
+       b.label AS target_label,
+       r.via AS via,
+       r.layer AS layer,
+       r.head AS head,
+       r.n_prompts AS n_prompts,
+       r.mean_share AS mean_share,
+       w.weight AS weight,
+       w.rank AS rank
+ORDER BY n_prompts DESC, abs(mean_share) DESC, source, target, head
+LIMIT toInteger($limit)
