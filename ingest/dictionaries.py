@@ -181,7 +181,7 @@ def load_dictionaries(
 def load_dictionary(folder: Path, model: LanguageModel, origin: Origin | None = None) -> Dictionary:
     """The dictionary in `folder`, in SAELens' format, checked against `model`."""
     weights = weights_of(Place(folder, origin))
-    sae = _load_sae(folder)
+    sae = _load_sae(folder, model.weights.W_V.dtype)
     metadata: dict[str, Any] = sae.cfg.metadata.to_dict()
     hook_in = str(metadata.get("hook_name") or "")
     layer, site = _site(hook_in, folder)
@@ -316,13 +316,13 @@ def _check_kind(folder: Path, sae: Any, site: str) -> str:
     return architecture
 
 
-def _load_sae(folder: Path) -> Any:
+def _load_sae(folder: Path, dtype: torch.dtype) -> Any:
     from sae_lens import SAE
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            sae: Any = SAE.load_from_disk(folder, dtype="float32")
+            sae: Any = SAE.load_from_disk(folder, dtype="float64" if dtype is torch.float64 else "float32")
     except Exception as error:
         raise AtlasError(f"{folder} is no dictionary in SAELens' format ({cause(error)}).") from error
     if sae.cfg.architecture() == "topk" and sae.cfg.rescale_acts_by_decoder_norm:

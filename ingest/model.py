@@ -89,8 +89,9 @@ def load_model(name: str, dtype: torch.dtype = torch.float32, weights: str = "pr
     directory, id, revision = _locate(name)
     _check_directory(name, directory)
     steps = processing(weights)
-    bridge = _boot(name, directory, steps.split(","))
-    if dtype is not torch.float32:
+    # Processed in the dtype asked for only where that is the more precise one.
+    bridge = _boot(name, directory, steps.split(","), torch.promote_types(dtype, torch.float32))
+    if dtype not in (torch.float32, torch.float64):
         with contextlib.redirect_stdout(io.StringIO()):
             bridge = bridge.to(dtype)
     for parameter_name, parameter in bridge.named_parameters():
@@ -146,7 +147,7 @@ def _check_directory(name: str, directory: Path) -> None:
         raise AtlasError(f"Model {name!r} is of type {kind!r}; the atlas reads GPT-2's architecture only.")
 
 
-def _boot(name: str, directory: Path, steps: Sequence[str]) -> Any:
+def _boot(name: str, directory: Path, steps: Sequence[str], dtype: torch.dtype) -> Any:
     """Load through TransformerBridge, which prints and warns about what no user needs to know."""
     from transformer_lens.model_bridge import TransformerBridge
     from transformers.utils import logging as transformers_logging
@@ -158,7 +159,7 @@ def _boot(name: str, directory: Path, steps: Sequence[str]) -> Any:
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            bridge: Any = TransformerBridge.boot_transformers(str(directory))
+            bridge: Any = TransformerBridge.boot_transformers(str(directory), dtype=dtype)
             bridge.enable_compatibility_mode(disable_warnings=True, **{step: step in steps for step in STEPS})
     except Exception as error:
         raise AtlasError(f"Model {name!r} in {directory} could not be loaded ({cause(error)}).") from error
