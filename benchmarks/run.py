@@ -15,7 +15,9 @@ from pathlib import Path
 HERE = Path(__file__).parent
 BENCHES = [
     ("A prompt before the database", "bench_ingest", ["mini", "gpt2"]),
+    ("Loading GPT-2 small's dictionaries", "bench_load", ["gpt2"]),
     ("Writing", "bench_write", ["embedded", "neo4j"]),
+    ("Labels", "bench_labels", ["300000"]),
 ]
 
 

@@ -10,9 +10,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from atlas.cli import store_option
 from atlas.errors import AtlasError
+from atlas.quality import faults
 from ingest.registry import parse_layers
 
 if TYPE_CHECKING:
+    from atlas.records import DictionaryRecord
     from ingest.faithfulness import Ablation
     from ingest.job import Summary
     from ingest.setup import Setup
@@ -112,6 +114,7 @@ def ingest(
         from ingest.setup import set_up
 
         setup = set_up(model, dictionaries=dictionaries, layers=layers)
+        _warn_of(setup.record.dictionaries)
         requests = circuit_requests(setup, roots, rule, threshold, look_share)
         tasks = prepare_tasks(setup, prompts, truncate, complain)
         if not tasks:
@@ -176,6 +179,13 @@ def _to_the_mean(setup: "Setup") -> "Ablation | None":
     except AtlasError as error:
         click.echo(f"The circuits are stored without their faithfulness. {error}", err=True)
         return None
+
+
+def _warn_of(dictionaries: "Sequence[DictionaryRecord]") -> None:
+    bad = {d.id: faults(explained_variance=d.explained_variance, loss_kept=d.loss_kept) for d in dictionaries}
+    said = [f"{id} ({', '.join(found)})" for id, found in bad.items() if found]
+    if said:
+        click.echo(f"Warning: circuits through bad dictionaries say little: {', '.join(said)}.", err=True)
 
 
 def _threshold(rule: str, threshold: float | None) -> float:
