@@ -45,7 +45,7 @@ RESAMPLED = 128  # tokens that resampling draws from
 BATCH = 1024  # tokens that go through the model at once
 CELLS = 2**23  # activations that are held at once, tokens times d_sae
 
-Features = Int[torch.Tensor, "n 3"]  # rows of (site, position, index); a site is a number in Setup.dictionaries
+Features = Int[torch.Tensor, "_ 3"]  # rows of (site, position, index); a site is a number in Setup.dictionaries
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Ablation:
     """What ablated features are set to: per dictionary, one row or several to choose from at every position."""
 
     kind: str
-    fill: tuple[Float[torch.Tensor, "choice d_sae"], ...]
+    fill: tuple[Float[torch.Tensor, "choice _"], ...]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from atlas.errors import AtlasError, cause
 from ingest.dictionaries import MEANS, Dictionary, load_dictionary
@@ -85,7 +85,7 @@ def write_means(
     metadata = {"sha256": dictionary.record.sha256, **source}
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as part:
-            save_file({"mean": mean.float().contiguous()}, Path(part) / MEANS, metadata)
+            (Path(part) / MEANS).write_bytes(save({"mean": mean.float().contiguous()}, metadata))
             os.replace(Path(part) / MEANS, folder / MEANS)
     except OSError as error:
         raise AtlasError(f"{folder / MEANS} cannot be written: {error.strerror or error}.") from error

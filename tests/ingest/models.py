@@ -16,12 +16,16 @@ from sae_lens import (
     Transcoder,
     TranscoderConfig,
 )
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from ingest.dictionaries import MEANS
+from ingest.model import sha256
 
 BOS = "<|endoftext|>"
 TEXT = "The capital of Texas is Austin and the capital of France is Paris, said Mary to John in the old house."
@@ -105,4 +109,13 @@ def write_random(directory: Path, attention: str = "relu", hook: str = "attn.hoo
         folder = directory / "dictionaries"
         attention_sae(attention, hook, layer, 24 + 8 * layer).save_model(folder / f"{layer}.attn")
         transcoder(mlp, layer, 40 - 8 * layer).save_model(folder / f"{layer}.mlp")
+        for site in ("attn", "mlp"):
+            write_random_means(folder / f"{layer}.{site}")
     return directory
+
+
+def write_random_means(folder: Path) -> None:
+    """Positive means of every feature, beside the dictionary in `folder`."""
+    weights = folder / "sae_weights.safetensors"
+    mean = 0.3 * torch.rand(load_file(weights)["b_enc"].shape)
+    save_file({"mean": mean}, folder / MEANS, {"sha256": sha256(weights)})
