@@ -87,13 +87,16 @@ def _take_screenshots(bolt: str, folder: Path) -> None:
         log_in(page, os.environ["NEO4J_PASSWORD"])
         write_files(Path(files))
         import_files(page, Path(files))
-        for title in ("One circuit", "Features of one task", "One circuit on its tokens", "What feeds one feature"):
+        for title in ("One circuit", "Features of one task", "What feeds one feature", "Why a head looks there"):
             frame = run_saved(page, title)
             frame.locator("svg g.node").first.wait_for()
+            if (panel := frame.get_by_label("Collapse the node properties display")).is_visible():
+                panel.click()  # it stays closed in the frames that follow
             page.wait_for_timeout(5000)  # until the nodes stand still
-            name = title.lower().replace(" ", "-")
+            frame.get_by_label("zoom-to-fit").click()
+            page.wait_for_timeout(1000)
             target = page if title == "One circuit" else frame
-            target.screenshot(path=folder / f"browser-{name}.png")
+            target.screenshot(path=folder / f"browser-{title.lower().replace(' ', '-')}.png")
         browser.close()
 
 

@@ -39,6 +39,7 @@ server.http.listen_address=127.0.0.1:{http}
 server.http.advertised_address=127.0.0.1:{http}
 server.memory.pagecache.size=128m
 dbms.usage_report.enabled=false
+client.allow_telemetry=false
 """
 
 

@@ -1,11 +1,11 @@
 // Why a head looks there
 // A head's score between two tokens, and the 20 strongest pairs of nodes behind it.
-// Put the id of a score between the quotes; without one, one of the largest pattern is taken.
+// Put the id of a score between the quotes; without one, the one of the largest pattern to an earlier token is taken.
 WITH '' AS given
 MATCH (a:AttentionScore)
 WHERE a.id = given OR given = ''
 WITH a
-ORDER BY a.query > a.key DESC, a.pattern DESC, a.id
+ORDER BY a.query > a.key AND a.key > 0 DESC, a.pattern DESC, a.id
 LIMIT 1
 MATCH (a)-[query:QUERY]->(q:Token)
 MATCH (a)-[key:KEY]->(k:Token)
