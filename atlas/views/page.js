@@ -194,6 +194,7 @@ search
   });
 slider("edges-from", `Edges: ${picture.strength}`, edgeScale, "edgesFrom", picture.percent);
 slider("nodes-from", `Nodes: ${picture.size}`, nodeScale, "nodesFrom", picture.percent);
+const layers = controls.append("fieldset").attr("aria-label", "Layers");
 rowSelect("from", "Layers from");
 rowSelect("to", "to");
 if (Object.keys(picture.parts).length) boxes("Parts", Object.entries(picture.parts), (key) => [key, d3.symbolCircle]);
@@ -239,7 +240,7 @@ function slider(id, name, scale, key, percent) {
 }
 
 function rowSelect(key, name) {
-  const select = controls.append("label").text(name).append("select").attr("id", key);
+  const select = layers.append("label").text(name).append("select").attr("id", key);
   select.selectAll("option").data(picture.rows).join("option").attr("value", (_, i) => i).text((row) => row);
   select.property("value", state[key]).on("change", (event) => {
     state[key] = +event.target.value;
@@ -357,7 +358,7 @@ function draw() {
     .attr("transform", (node) => `translate(${node.x},${node.y})`)
     .attr("tabindex", (node) => (node.i === state.current ? 0 : -1))
     .each(function (node) {
-      d3.select(this).select(".ring").attr("r", node.radius + 3);
+      d3.select(this).select(".ring").attr("r", node.radius * (node.kind === "Logit" ? 1.6 : 1.15) + 3);
       d3.select(this).select("path").attr("d", d3.symbol(SHAPES[node.kind] ?? d3.symbolCircle, Math.PI * node.radius ** 2)());
     });
   drawNear();
@@ -460,8 +461,9 @@ function drawNames() {
   for (const node of d3.sort(candidates, (node) => -rank(node))) {
     const text = short(node.caption, LONGEST);
     const half = text.length * 3 + 4;
-    const [x, y] = [t.applyX(node.x), t.applyY(node.y) + node.radius * t.k + 11];
-    if (x < MARGIN.left || x > width || y < 0 || y > height - (view.exporting ? 0 : MARGIN.bottom - 10)) continue;
+    const [at, y] = [t.applyX(node.x), t.applyY(node.y) + node.radius * t.k + 11];
+    const x = Math.max(at, MARGIN.left - 8 + half);
+    if (at < MARGIN.left - 12 || x > width || y < 0 || y > height - (view.exporting ? 0 : MARGIN.bottom - 10)) continue;
     if (placed.some((other) => Math.abs(other.x - x) < other.half + half && Math.abs(other.y - y) < 12)) continue;
     placed.push({ x, y, half, text });
     if (placed.length >= most) break;
