@@ -2,7 +2,8 @@
 
 Under each node stand its drivers: the circuit's nodes with an edge into it, with the share of its
 pre-activation that each accounts for, summed over the heads that carry it, and below it why each of these heads
-looked there, where the score is stored: the strongest pair of nodes behind it. The strongest `top` of at
+looked there, where the score is stored: the strongest pair of nodes behind it, once for all that a head brings
+from one token. The strongest `top` of at
 least `min_share` are shown, and their drivers below them, `depth` levels down. A node that stands
 in several places is opened where it stands highest, and marked with an arrow elsewhere. What is left of
 the whole is the rest: the weaker drivers, the constant, and what the circuit does not keep.
@@ -10,7 +11,7 @@ the whole is the rest: the weaker drivers, the constant, and what the circuit do
 
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -67,7 +68,10 @@ class Node:
 
 @dataclass(frozen=True)
 class Look:
-    """The strongest pair behind a head's score: `qk` of it, from a node at the query and one at the key."""
+    """The strongest pair behind a head's score: `qk` of it, from a node at the query and one at the key.
+
+    `lift` is what the node at the query gives to this key beyond what it gives to the others on average.
+    """
 
     layer: int
     head: int
@@ -75,6 +79,7 @@ class Look:
     key_name: str
     qk: float
     score: float
+    lift: float
 
 
 @dataclass(frozen=True)
@@ -163,6 +168,10 @@ def drivers(edges: pd.DataFrame, pairs: pd.DataFrame) -> dict[str, list[Driver]]
         found.setdefault(str(target), []).append(Driver(_source(records[0]), share, tuple(heads), tuple(looks)))
     for strongest_first in found.values():
         strongest_first.sort(key=lambda driver: (-abs(driver.share), driver.node.id))
+        told: set[Look] = set()
+        for i, driver in enumerate(strongest_first):
+            strongest_first[i] = replace(driver, looks=tuple(look for look in driver.looks if look not in told))
+            told.update(driver.looks)
     return found
 
 
@@ -172,7 +181,7 @@ def _strongest(pairs: pd.DataFrame) -> dict[tuple[int, int, int, int], Look]:
     first = pairs.loc[order].drop_duplicates(["layer", "head", "query", "key"])
     return {
         (int(r["layer"]), int(r["head"]), int(r["query"]), int(r["key"])): Look(
-            int(r["layer"]), int(r["head"]), r["query_name"], r["key_name"], float(r["qk"]), float(r["score"])
+            int(r["layer"]), int(r["head"]), *(r[name] for name in ("query_name", "key_name", "qk", "score", "lift"))
         )
         for r in cast(list[dict[str, Any]], first.to_dict("records"))
     }
@@ -278,9 +287,10 @@ def _through(driver: Driver) -> str:
 
 
 def _because(look: Look) -> str:
-    """`L2.H3 looks there: L0 mlp 7 @ in with embedding @ Texas, 3.4 of its score 7.2`."""
+    """`L2.H3 looks there: L0 mlp 7 @ in with embedding @ Texas, 3.4 of its score 7.2, lift +0.85`."""
     pair = f"{visible(look.query_name)} with {visible(look.key_name)}"
-    return f"L{look.layer}.H{look.head} looks there: {pair}, {look.qk:.1f} of its score {look.score:.1f}"
+    share = f"{look.qk:.1f} of its score {look.score:.1f}, lift {look.lift:+.2f}"
+    return f"L{look.layer}.H{look.head} looks there: {pair}, {share}"
 
 
 def _rest(hidden: int) -> str:

@@ -43,10 +43,32 @@ EDGES = pd.DataFrame(
 
 PAIRS = pd.DataFrame(
     [
-        {"layer": 1, "head": 3, "query": 5, "key": 3, "query_name": q, "key_name": k, "qk": qk, "score": 2.04}
+        {
+            "layer": 1,
+            "head": 3,
+            "query": 5,
+            "key": 3,
+            "query_name": q,
+            "key_name": k,
+            "qk": qk,
+            "score": 2.04,
+            "lift": 0.5,
+        }
         for q, k, qk in (("embedding @ is", "L0 k bias @ Texas", 0.5), ("L0 mlp 4 @ is", "embedding @ Texas", -3.26))
     ]
-    + [{"layer": 1, "head": 0, "query": 5, "key": 2, "query_name": "q", "key_name": "k", "qk": 9.0, "score": 9.0}]
+    + [
+        {
+            "layer": 1,
+            "head": 0,
+            "query": 5,
+            "key": 2,
+            "query_name": "q",
+            "key_name": "k",
+            "qk": 9.0,
+            "score": 9.0,
+            "lift": 0.0,
+        }
+    ]
 )
 
 
@@ -65,9 +87,8 @@ def test_the_whole_tree_as_printed() -> None:
         'L2 mlp 7 @ is "states"',
         "├── 50.0% node a1",
         '│   ├── 60.0% node m1 via OV L1.H0 35.0%, L1.H3 25.0% from " Texas" ↕ opened elsewhere',
-        "│   │   └── L1.H3 looks there: L0 mlp 4 @ is with embedding @ Texas, -3.3 of its score 2.0",
+        "│   │   └── L1.H3 looks there: L0 mlp 4 @ is with embedding @ Texas, -3.3 of its score 2.0, lift +0.50",
         '│   ├── 30.0% node e1 via OV L1.H3 from " Texas"',
-        "│   │   └── L1.H3 looks there: L0 mlp 4 @ is with embedding @ Texas, -3.3 of its score 2.0",
         "│   └── 10.0% rest: the constant and what the circuit leaves out",
         "├── 30.0% node m1",
         "│   ├── 90.0% node e1",
