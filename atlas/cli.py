@@ -60,7 +60,9 @@ _SENTENCES = {
     "query": "Ask one of the questions by name.",
     "show": "Show a circuit as a tree or a picture.",
     "status": "Say what a store holds.",
+    "wiring": "Store the strongest virtual weights.",
     "verify": "Check everything that must hold in a store.",
+    "wild": "Find phrases in a corpus, and ingest them.",
 }
 
 

@@ -74,12 +74,7 @@ def find(store: Store, setup: Setup, length: int, limit: int, started: Started) 
 
     The result is in the order of p, then of crossing_weight. Raises AtlasError for a length that cannot be.
     """
-    longest = min(LONGEST, setup.model.record.n_ctx - 1)
-    if not 2 <= length <= longest:
-        raise AtlasError(
-            f"A span of {length} tokens cannot be looked for: a span has at least 2 tokens, and with "
-            f"{setup.model.record.id}, which reads {setup.model.record.n_ctx}, at most {longest} are looked at."
-        )
+    check_length(length, setup)
     frequency = frequencies(store)
     rooted = roots_by_prompt(store, setup)
     candidates = best_spans(span_table(store, setup.record.id, length), rooted, frequency, limit)
@@ -99,6 +94,16 @@ def find(store: Store, setup: Setup, length: int, limit: int, started: Started) 
     found = [Found(*parts, q=float(rate)) for parts, rate in zip(measured, q, strict=True)]
     _store(store, setup, prompts, rooted, found, started)
     return sorted(found, key=lambda f: (f.crossing.p_value, -f.crossing.weight))
+
+
+def check_length(length: int, setup: Setup) -> None:
+    """Raise AtlasError where no span of `length` tokens can be."""
+    longest = min(LONGEST, setup.model.record.n_ctx - 1)
+    if not 2 <= length <= longest:
+        raise AtlasError(
+            f"A span of {length} tokens cannot be looked for: a span has at least 2 tokens, and with "
+            f"{setup.model.record.id}, which reads {setup.model.record.n_ctx}, at most {longest} are looked at."
+        )
 
 
 def roots_by_prompt(store: Store, setup: Setup) -> dict[str, set[Root]]:

@@ -35,7 +35,8 @@ def write_tokenizer(directory: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=BOS).save_pretrained(directory)
 
 
-def write_planted(directory: Path) -> Path:
+def write_planted(directory: Path, back: int = 1) -> Path:
+    """The model in `directory`; the copying head looks `back` tokens back."""
     write_tokenizer(directory)
     config = GPT2Config(
         vocab_size=len(LETTERS) + 1,
@@ -60,8 +61,9 @@ def write_planted(directory: Path) -> Path:
             at = head * D_HEAD
             for t in range(N_CTX):
                 attn.c_attn.weight[POSITION + t, at + t] = 30.0  # the query at t asks for
-                if t + 1 < N_CTX:
-                    attn.c_attn.weight[POSITION + t, D_MODEL + at + t + 1] = 30.0  # the key before it
+                asker = t + 1 if layer == 0 else t + back
+                if asker < N_CTX:
+                    attn.c_attn.weight[POSITION + t, D_MODEL + at + asker] = 30.0  # the key before it
             for j in range(n_tokens):
                 attn.c_attn.weight[read + j, 2 * D_MODEL + at + j] = 1.0
                 attn.c_proj.weight[at + j, write + j] = 1.0
