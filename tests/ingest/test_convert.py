@@ -170,6 +170,73 @@ def test_what_is_no_transcoder_is_refused_in_a_sentence(
     assert not (tmp_path / "out").exists()
 
 
+def write_attention_sae(folder: Path, weights: dict[str, torch.Tensor] | None = None, **fields: Any) -> Path:
+    """As ckkissane/attn-saes-gpt2-small-all-layers publishes them: NAME.pt, and NAME_cfg.json beside it."""
+    config = {"act_name": "blocks.2.attn.hook_z", "act_size": D_IN, "dict_size": D_SAE, "model_name": "gpt2-small"}
+    (folder / "gpt2-small_L2_Hcat_z_v9_cfg.json").write_text(json.dumps(config | fields))
+    torch.save(OrderedDict(without("b_dec_out") if weights is None else weights), folder / "gpt2-small_L2_Hcat_z_v9.pt")
+    return folder / "gpt2-small_L2_Hcat_z_v9.pt"
+
+
+def test_an_attention_sae_comes_out_as_saelens_reads_it(
+    tmp_path: Path, model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sae_lens.loading import pretrained_sae_loaders
+    from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
+
+    file = write_attention_sae(tmp_path)
+    folder = convert(file, tmp_path / "out")
+    assert folder == tmp_path / "out" / "2.attn"
+    loaded = load_dictionary(folder, model)
+    assert (loaded.record.id, loaded.record.hook_in) == (f"{model.record.id}/2/attn/att-kk", "blocks.2.attn.hook_z")
+
+    def downloaded(repo_id: str, filename: str, force_download: bool) -> str:
+        return str(tmp_path / filename)
+
+    monkeypatch.setattr(pretrained_sae_loaders, "hf_hub_download", downloaded)
+    config, weights, _ = pretrained_sae_loaders.connor_rob_hook_z_huggingface_loader("any", file.name)
+    theirs = StandardSAE(
+        StandardSAEConfig(
+            d_in=config["d_in"], d_sae=config["d_sae"], apply_b_dec_to_input=config["apply_b_dec_to_input"]
+        )
+    )
+    theirs.load_state_dict(weights)
+    x = torch.randn(50, D_IN, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(loaded.activations(x), theirs.encode(x).detach())
+    torch.testing.assert_close(loaded.reconstruct(x), theirs(x).detach())
+    for name, value in weights.items():
+        assert torch.equal(getattr(loaded, name), value)
+
+
+@pytest.mark.parametrize(
+    ("weights", "fields", "sentence"),
+    [
+        (None, {"act_name": "blocks.2.hook_mlp_out"}, "is for 'blocks.2.hook_mlp_out'"),
+        (None, {"act_name": 5}, "is for ''"),
+        (None, {"dict_size": 41}, "is not what .* says"),
+        (random_weights(), {}, "exactly the tensors W_enc, b_enc, W_dec, b_dec"),
+        ({}, {}, "exactly the tensors"),
+    ],
+)
+def test_what_is_no_attention_sae_is_refused_in_a_sentence(
+    tmp_path: Path, weights: dict[str, torch.Tensor] | None, fields: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(AtlasError, match=sentence):
+        convert(write_attention_sae(tmp_path, weights, **fields), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_attention_sae_needs_its_configuration(tmp_path: Path) -> None:
+    file = write_attention_sae(tmp_path)
+    beside = tmp_path / f"{file.stem}_cfg.json"
+    beside.write_text("oops")
+    with pytest.raises(AtlasError, match="is not JSON"):
+        convert(file, tmp_path / "out")
+    beside.unlink()
+    with pytest.raises(AtlasError, match=f"needs {beside.name} beside it"):
+        convert(file, tmp_path / "out")
+
+
 CONFIG = b"csae_training.config\nLanguageModelSAERunnerConfig\n"
 REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
 
