@@ -66,7 +66,8 @@ def depth_of(layer: int, site: str) -> int:
 
 def direct_edges(sources: Sources, targets: Targets) -> DirectEdges:
     """The DIRECT edges that are strong enough to store; a few positions at a time, as edges stay at theirs."""
-    parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    none = torch.zeros(0, dtype=torch.long)
+    parts = [(none, none, torch.zeros(0, dtype=torch.double))]
     source_block, target_block = sources.position // BLOCK, targets.position // BLOCK
     for block in target_block.unique():
         s, t = (source_block == block).nonzero()[:, 0], (target_block == block).nonzero()[:, 0]

@@ -28,6 +28,7 @@ How to call it, once per prompt:
     scores, qk = score_records(parts, number)            # number [node]: their places in PromptRecord.nodes
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -40,6 +41,7 @@ STRONGEST = 12
 LIFTED = 4
 NEGLIGIBLE = 0.01
 PAIRS_AT_ONCE = 1 << 18
+LONGEST = 16  # vectors of either side among which the bound on the strongest pairs is found
 
 
 @dataclass(frozen=True)
@@ -205,17 +207,11 @@ def _layer(
     q = _projected(nodes, layer, queries, W_Q, b_Q, sigma)
     k = _projected(nodes, layer, keys, W_K, b_K, sigma)
     unstored = (q.double().sum(1)[of_query] * k.double().sum(1)[of_key]).sum(1)
-    n_query, n_key = 1 + nodes.below[layer, query], 1 + nodes.below[layer, key]
     found: list[_Pairs] = []
-    rest = n_key.argsort(descending=True)
-    while len(rest):
-        at_once = max(1, PAIRS_AT_ONCE // (q.shape[1] * int(n_key[rest[0]])))
-        part, rest = rest[:at_once], rest[at_once:]
-        q_part = q[of_query[part], : n_query[part].max()]
-        k_part = k[of_key[part], : n_key[part].max()]
-        pairs = _strongest(torch.bmm(q_part, k_part.mT), torch.bmm(q_part, towards[part, :, None])[:, :, 0], part)
-        unstored.index_add_(0, pairs.of, pairs.qk, alpha=-1)
-        found.append(pairs)
+    for part, pairs in _strongest(q, k, of_query, of_key):
+        lifts = torch.einsum("nud,nd->nu", q[of_query[part]], towards[part])
+        found.append(_stored(part, pairs, _lifted(q, k, of_query[part], of_key[part], lifts), lifts))
+        unstored.index_add_(0, found[-1].of, found[-1].qk, alpha=-1)
     return score, unstored, found
 
 
@@ -240,33 +236,70 @@ def _projected(
 
 
 def _strongest(
-    pairs: Float[torch.Tensor, "n query key"], lift: Float[torch.Tensor, "n query"], of: Int[torch.Tensor, " n"]
+    q: Float[torch.Tensor, "a query_slot d_head"],
+    k: Float[torch.Tensor, "b key_slot d_head"],
+    of_query: Int[torch.Tensor, " n"],
+    of_key: Int[torch.Tensor, " n"],
+) -> Iterator[tuple[Int[torch.Tensor, " part"], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
+    """Some looks at a time, their `STRONGEST` pairs: (query slot, key slot, qk), [part, pair] each.
+
+    As |qk| <= |q_u| |k_v|, the strongest pairs among the longest vectors say which vectors are too short to be in a
+    stronger one: a twentieth of all pairs is left to compute.
+    """
+    (q_norm, q_order), (k_norm, k_order) = (x.norm(dim=2).sort(dim=1, descending=True) for x in (q, k))
+
+    def products(part: torch.Tensor, n_queries: int, n_keys: int) -> Float[torch.Tensor, "part query key"]:
+        a, b = of_query[part, None], of_key[part, None]
+        return torch.bmm(q[a, q_order[a[:, 0], :n_queries]], k[b, k_order[b[:, 0], :n_keys]].mT)
+
+    every = torch.arange(len(of_query))
+    among = products(every, LONGEST, LONGEST).flatten(1).abs()
+    least = among.topk(min(STRONGEST, among.shape[1]), dim=1).values[:, -1:] * (1 - 1e-4)  # norms are rounded
+    n_queries = (q_norm[of_query] * k_norm[of_key, :1] >= least).sum(1)
+    n_keys = (k_norm[of_key] * q_norm[of_query, :1] >= least).sum(1)
+    rest = (n_queries * n_keys).argsort(descending=True)
+    while len(rest):
+        at_once = max(1, PAIRS_AT_ONCE // int(n_queries[rest[0]] * n_keys[rest[0]]))
+        part, rest = rest[:at_once], rest[at_once:]
+        pairs = products(part, int(n_queries[part].max()), int(n_keys[part].max()))
+        best = pairs.flatten(1).abs().topk(min(STRONGEST, pairs[0].numel()), dim=1).indices
+        query, key = best // pairs.shape[2], best % pairs.shape[2]
+        qk = pairs.flatten(1).gather(1, best)
+        yield part, (q_order[of_query[part]].gather(1, query), k_order[of_key[part]].gather(1, key), qk)
+
+
+def _lifted(
+    q: Float[torch.Tensor, "a query_slot d_head"],
+    k: Float[torch.Tensor, "b key_slot d_head"],
+    of_query: Int[torch.Tensor, " n"],
+    of_key: Int[torch.Tensor, " n"],
+    lift: Float[torch.Tensor, "n query"],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The strongest pair of each of the query nodes of greatest |lift|: (query slot, key slot, qk), [n, pair] each."""
+    query = lift.abs().topk(min(LIFTED, lift.shape[1]), dim=1).indices
+    pairs = torch.bmm(q[of_query[:, None], query], k[of_key].mT)
+    key = pairs.abs().argmax(2)
+    return query, key, pairs.gather(2, key[:, :, None])[:, :, 0]
+
+
+def _stored(
+    part: Int[torch.Tensor, " n"],
+    strongest: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    lifted: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    lifts: Float[torch.Tensor, "n query"],
 ) -> _Pairs:
-    """The pairs to store. The strongest of all stand in the rows whose own strongest are the strongest."""
-    n_rows, n_keys = min(STRONGEST, pairs.shape[1]), pairs.shape[2]
-    rows = pairs.abs().amax(2).topk(n_rows, dim=1).indices
-    candidates = pairs.gather(1, rows[:, :, None].expand(-1, -1, n_keys)).flatten(1)
-    best = candidates.abs().topk(min(STRONGEST, candidates.shape[1]), dim=1).indices
-    strongest = rows.gather(1, best // n_keys) * n_keys + best % n_keys
-
-    rows = lift.abs().topk(min(LIFTED, lift.shape[1]), dim=1).indices
-    columns = pairs.gather(1, rows[:, :, None].expand(-1, -1, n_keys)).abs().argmax(2)
-    lifted = rows * n_keys + columns
-    lifts = lift.gather(1, rows).abs() >= NEGLIGIBLE
-    double = (lifted[:, :, None] == strongest[:, None, :]).any(2)
-
-    cell = torch.cat([strongest, lifted], dim=1)
-    qk = pairs.flatten(1).gather(1, cell)
-    query = cell // n_keys
-    lift = lift.gather(1, query)
-    stored = torch.cat([torch.ones_like(strongest, dtype=torch.bool), lifts & ~double], dim=1)
+    """Both sets of pairs, each pair once, without what is negligible."""
+    double = (lifted[0][:, :, None] == strongest[0][:, None]) & (lifted[1][:, :, None] == strongest[1][:, None])
+    worth = (lifts.gather(1, lifted[0]).abs() >= NEGLIGIBLE) & ~double.any(2)
+    query, key, qk = (torch.cat(both, dim=1) for both in zip(strongest, lifted, strict=True))
+    stored = torch.cat([torch.ones_like(strongest[0], dtype=torch.bool), worth], dim=1)
     stored &= (qk.abs() >= NEGLIGIBLE) & (qk != 0)
     return _Pairs(
-        of=of[:, None].expand_as(cell)[stored],
+        of=part[:, None].expand_as(query)[stored],
         query=query[stored],
-        key=(cell % n_keys)[stored],
+        key=key[stored],
         qk=qk[stored].double(),
-        lift=lift[stored].double(),
+        lift=lifts.gather(1, query)[stored].double(),
     )
 
 
