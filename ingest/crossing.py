@@ -113,7 +113,7 @@ def feature_reads(replacement: ReplacementModel, root: Root, index: Int[torch.Te
         position=torch.full_like(index, position),
         index=index,
         read=read,
-        value=encoder @ x + dictionary.constants(index),
+        value=encoder @ x + dictionary.constant[index],
         constant=replacement.constants(layer, root.site, index),
     )
 

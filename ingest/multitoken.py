@@ -153,7 +153,8 @@ def chains(replacement: ReplacementModel, roots: Sequence[Root]) -> list[tuple[t
         waiting = list(dict.fromkeys(r for r, _ in found.values() if r not in known and r.position > 1))
     made: list[tuple[tuple[Root, ...], float]] = []
     for root in roots:
-        chain, shares = [root], [1.0]
+        chain: list[Root] = [root]
+        shares: list[float] = []
         while chain[0] in before and len(chain) < LONGEST:
             root, share = before[chain[0]]
             chain, shares = [root, *chain], [share, *shares]
