@@ -3,9 +3,9 @@
 A prompt's earlier version is deleted and the new one created in the same transaction, so the database
 holds the old version whole or the new one whole, and never a prompt twice. Rows go by UNWIND: nodes by
 CREATE with all their labels at once, together with their AT and OF; edges by two look-ups on the key and
-CREATE. Features are made when first seen, and stay when a prompt goes. A prompt's
-multi-token circuits, which are found over what is stored, are kept when it is replaced. Every statement says how many rows
-it wrote, and a row that found no partner fails the whole transaction.
+CREATE. Features are made when first seen, and stay when a prompt goes. A prompt's multi-token circuits, which
+are found over what is stored, are kept when it is replaced. Every statement says how many rows it wrote, and a
+row that found no partner fails the whole transaction.
 """
 
 import json

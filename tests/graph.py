@@ -127,7 +127,8 @@ def graph_in(store: Store, prompt: str) -> Graph:
         "spans": {
             span["id"]: (span, feature)
             for span, feature in rows(
-                "MATCH (:Prompt {id: $prompt})-[:HAS_SPAN]->(s)-[:OF]->(f) RETURN properties(s) AS span, f.id AS feature"
+                "MATCH (:Prompt {id: $prompt})-[:HAS_SPAN]->(s)-[:OF]->(f) "
+                "RETURN properties(s) AS span, f.id AS feature"
             )
         },
         "nodes": {

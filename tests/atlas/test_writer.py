@@ -1,6 +1,7 @@
 """Prompts into the store and back: whole, once, and only if everything of them is sound."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,6 +78,11 @@ def test_deleting_leaves_the_rest(ready: Store) -> None:
     assert graph_in(ready, first.id) == graph_of(first)
 
 
+def _appended(arrays: Any, **changed: float) -> Any:
+    """The same arrays with their last row once more, changed."""
+    return replace(arrays, **{name: np.append(a, changed.get(name, a[-1])) for name, a in vars(arrays).items()})
+
+
 def _edge_to(record: PromptRecord, weight: float) -> PromptRecord:
     edges = DirectEdges(*(np.append(a, x) for a, x in zip(vars(record.direct).values(), (0, 1, weight), strict=True)))
     return replace(record, direct=edges)
@@ -93,6 +99,9 @@ def _edge_to(record: PromptRecord, weight: float) -> PromptRecord:
         lambda record: replace(record, replacement_model="nobody's"),
         lambda record: replace(record, firings=(record.firings[0]._replace(dictionary="nobody's"),)),
         lambda record: _edge_to(record, float("nan")),
+        lambda record: replace(record, scores=_appended(record.scores, score=0.0)),
+        lambda record: replace(record, qk=_appended(record.qk, score=0.0)),
+        lambda record: replace(record, qk=_appended(record.qk, head=7, lift=float("inf"))),
         lambda record: replace(record, circuits=(replace(record.circuits[0], completeness=float("inf")),)),
     ],
     ids=[
@@ -104,6 +113,9 @@ def _edge_to(record: PromptRecord, weight: float) -> PromptRecord:
         "model",
         "dictionary",
         "nan edge",
+        "score twice",
+        "QK edge twice",
+        "infinite lift",
         "infinite share",
     ],
 )
