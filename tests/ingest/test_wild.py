@@ -75,29 +75,27 @@ def test_windows_are_the_files_in_order(corpus, setup):
     found = windows_of(corpus, setup)
     texts = [(corpus / "a.txt").read_text(), lzma.decompress((corpus / "b.txt.xz").read_bytes()).decode()]
     expected = [text[i : i + N_CTX - 1] for text in texts for i in range(0, len(text) - N_CTX + 2, N_CTX - 1)]
-    assert [setup.model.text(row[1:].tolist()) for row in found] == expected
+    assert [setup.model.text(row[1:].tolist()).replace(" ", "") for row in found] == expected
     assert (found[:, 0] == setup.model.bos).all()
 
 
 def test_the_scan_counts_what_exact_encoding_finds(corpus, setup, tmp_path):
     scanner, counted = scanned(corpus, setup, tmp_path / "scan.npz")
     windows = windows_of(corpus, setup)
-    firings, shown, strongest = Counter(), Counter(), {}
-    for number, row in enumerate(windows):
+    firings, shown = Counter(), Counter()
+    for row in windows:
         replacement = setup.replace(row.tolist())
         for site in (*replacement.attn, *replacement.mlp):
             after = site.position > 0
             firings.update((site.dictionary.record.id, i) for i in site.index[after].tolist())
-        phrases = {}
+        phrases = set()
         for span in spans(replacement, setup.model):
             if span.end - span.start < 8 and span.dictionary.endswith("1/attn"):
                 # nothing of the second layer is due to a token alone: all is carried
-                phrases[span.index, span.text] = number
+                phrases.add((span.index, span.text))
         shown.update(phrases)
-        strongest |= phrases
-    found = counted.firings
-    assert {scanner.feature(i): int(n) for i, n in enumerate(found) if n} != {}
-    for number, n in enumerate(found.tolist()):
+    assert counted.firings.sum() > 1000
+    for number, n in enumerate(counted.firings.tolist()):
         dictionary, index = scanner.feature(number)
         assert n == firings[dictionary.record.id, index]
     assert counted.n_tokens == windows[:, 1:].size
