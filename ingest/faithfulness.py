@@ -148,13 +148,19 @@ def measure(setup: Setup, replacement: ReplacementModel, claims: Sequence[Claim]
 
 @torch.no_grad()
 def root_values(
-    setup: Setup, tokens: Sequence[int], interventions: Sequence[Intervention], by: Ablation
+    setup: Setup,
+    tokens: Sequence[int],
+    interventions: Sequence[Intervention],
+    by: Ablation,
+    pre_activations: bool = False,
 ) -> Float[torch.Tensor, " intervention"]:
-    """The value of each intervention's root: a feature's activation, a logit, or a difference of two logits."""
+    """The value of each intervention's root: a feature's activation, a logit, or a difference of two logits.
+
+    With `pre_activations` it is p_r, which is what edges add up to, also where the feature falls silent.
+    """
     values = setup.dictionaries[0].b_enc.new_zeros(len(interventions))
     for chosen in _batches(interventions):
-        batch = _Batch(setup, tokens, [interventions[i] for i in chosen], by)
-        values[chosen] = batch.run()
+        values[chosen] = _Batch(setup, tokens, [interventions[i] for i in chosen], by, pre_activations).run()
     return values
 
 
@@ -182,8 +188,15 @@ class _Read(Exception):
 class _Batch:
     """Interventions whose roots are of one layer and site, run as one batch [variant, pos]."""
 
-    def __init__(self, setup: Setup, tokens: Sequence[int], chosen: Sequence[Intervention], by: Ablation) -> None:
-        self.setup, self.by = setup, by
+    def __init__(
+        self,
+        setup: Setup,
+        tokens: Sequence[int],
+        chosen: Sequence[Intervention],
+        by: Ablation,
+        pre_activations: bool,
+    ) -> None:
+        self.setup, self.by, self.pre_activations = setup, by, pre_activations
         self.root = chosen[0].root
         self.roots = [intervention.root for intervention in chosen]
         self.position = torch.tensor([root.position for root in self.roots])
@@ -275,7 +288,9 @@ class _Batch:
             versus = [i for i, root in enumerate(self.roots) if root.versus is not None]
             self.value[versus] -= self._logits(x[versus], torch.tensor([self.roots[i].versus for i in versus]).long())
         else:
-            self.value = self._dictionary().activations(x)[torch.arange(len(x)), index]
+            d = self._dictionary()
+            values = d.pre_activations(x) if self.pre_activations else d.activations(x)
+            self.value = values[torch.arange(len(x)), index]
         raise _Read
 
     def _logits(self, x: Float[torch.Tensor, "n d_model"], token: Int[torch.Tensor, " n"]) -> Float[torch.Tensor, " n"]:

@@ -267,8 +267,8 @@ def test_the_circuit_that_the_sweep_finds_is_the_planted_one(planted):
     replacement = planted.replace(planted.model.tokens(text))
     record = prompt_record(Prompt(text, "test"), "p", planted.model, "r", replacement, [request])
     shares = measured(planted, replacement, record, ablation(planted, "mean")).circuits[0].shares
-    # Not exactly 1: the other features move the last layer norm, and what the SAEs cannot write, values below 0, stays.
-    assert shares.faithfulness == pytest.approx(1, abs=0.05)
+    # Not exactly 1: the other features shrink by the last layer norm, and what the SAEs cannot write stays.
+    assert shares.faithfulness > 1
     assert shares.necessity > 0.8
     assert shares.random_faithfulness < 0.8
 
