@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from torch.nn import functional
 
 from atlas.records import AttentionScores, DirectEdges, OVEdges, QKEdges
 from ingest.edges import (
@@ -85,9 +86,8 @@ def qk_edges(nodes: Nodes, at: ScoreNodes, parts: ScoreParts) -> tuple[Attention
     stride = int(at.place.max()) + 1
     mine = [(groups[g.key] * stride + g.place, nodes.numbers(i)) for i, g in enumerate(nodes.groups) if g.key in groups]
     place, order = torch.cat([place for place, _ in mine]).sort()
-    numbers = torch.cat([number for _, number in mine])[order]
-    found = torch.searchsorted(place, at.group * stride + at.place)
-    return score_records(parts, numbers[found.clamp(max=len(numbers) - 1)])
+    numbers = functional.pad(torch.cat([number for _, number in mine])[order], (0, 1), value=-1)
+    return score_records(parts, numbers[torch.searchsorted(place, at.group * stride + at.place)])
 
 
 def _reaching(nodes: Nodes, group: Group) -> Float[torch.Tensor, " n"]:
