@@ -100,6 +100,21 @@ class Store:
             while rows := result.fetch(size):
                 yield _frame(rows, keys)
 
+    def explain(self, cypher: str, /, **parameters: Any) -> str:
+        """The plan by which the database would run the query, in its own words; nothing is run."""
+        with self._reading("EXPLAIN " + cypher, parameters, size=1) as result:
+            plan: Any = result.consume().plan
+        return str(plan["args"]["string-representation"]).strip()
+
+    def change(self, cypher: str, /, **parameters: Any) -> pd.DataFrame:
+        """Run one query that may change the store, whole or not at all, and return its rows as `read` does."""
+
+        def work(transaction: neo4j.ManagedTransaction) -> pd.DataFrame:
+            result = transaction.run(cast(LiteralString, cypher), parameters)
+            return _frame(result, list(result.keys()) or returned_columns(cypher))
+
+        return self.write(work)
+
     def write(self, work: Callable[[neo4j.ManagedTransaction], T]) -> T:
         """Run `work` in one managed write transaction, again where the database asks for a retry.
 

@@ -65,18 +65,20 @@ def _described(asked: Question) -> str:
 
 @click.command()
 @click.argument("cypher")
+@click.option("--write", is_flag=True, help="Let the query change the store; without this it cannot.")
 @store_option
 @format_option
-def cypher(cypher: str, store: str | None, format: str) -> None:
-    """Run a Cypher query and print its rows; nothing can be changed by it.
+def cypher(cypher: str, write: bool, store: str | None, format: str) -> None:
+    """Run a Cypher query and print its rows; it can change nothing unless --write is given.
 
-    CYPHER is the query, or - to read it from standard input.
+    CYPHER is the query, or - to read it from standard input. What is changed by hand no longer need agree with
+    the rest: `atlas verify` tells.
     """
     text = _standard_input() if cypher == "-" else cypher
     if not text.strip():
         raise AtlasError("There is no query: give it as an argument, or - and the query on standard input.")
     with atlas.connect(store, create=False) as opened:
-        frame = opened.read(text)
+        frame = opened.change(text) if write else opened.read(text)
     print_frame(frame, format)
 
 
@@ -105,15 +107,19 @@ def _command(asked: Question) -> click.Command:
         help=asked.sentence,
         epilog=_columns(asked),
     )
-    return store_option(format_option(command))
+    explain = click.option("--explain", is_flag=True, help="Show how the database would find the answer, and stop.")
+    return explain(store_option(format_option(command)))
 
 
 def _callback(asked: Question) -> Callable[..., None]:
     function = cast(Callable[..., pd.DataFrame], getattr(queries, asked.name))
     starred = [column.name for column in asked.columns if column.star]
 
-    def callback(store: str | None, format: str, **given: Any) -> None:
+    def callback(store: str | None, format: str, explain: bool, **given: Any) -> None:
         with atlas.connect(store, create=False) as opened:
+            if explain:
+                click.echo(opened.explain(asked.cypher, **asked.check(given)))
+                return
             frame = function(opened, **given)
         print_frame(frame[starred] if format == "table" else frame, format)
         if format == "table" and len(frame) == given.get("limit"):

@@ -5,7 +5,7 @@
 //   length: integer 2..3 = 2; e.g. 3; features of the motif: 2 for A -> B, 3 for A -> B -> C
 //   feature: feature = null; e.g. "mini/2/mlp/812"; motifs with this feature only: as A or B, in length 3 as B
 //   via: DIRECT|OV = null; e.g. "OV"; edges of this kind only
-//   among: integer 1.. = 1000; e.g. 3000; length 3 joins this many pairs, those that most prompts show
+//   among: integer 1.. = 300; e.g. 1000; length 3 joins this many pairs, those that most prompts show
 //   limit: integer 0.. = 50; e.g. 20; the most rows to return; length 3 counts this many chains
 //
 // Columns, those that most prompts show first:
@@ -22,7 +22,7 @@
 //   mean_share*: float; mean share of the target's pre-activation; for length 3 of the product of both shares
 //
 // In Neo4j Browser, first:
-//   :param {min_prompts: 5, length: 2, feature: null, via: null, among: 1000, limit: 20}
+//   :param {min_prompts: 5, length: 2, feature: null, via: null, among: 300, limit: 20}
 
 CALL () {
   MATCH (a:Feature {id: $feature})-[r:FEEDS]->(b:Feature)

@@ -194,7 +194,7 @@ def motifs(
     length: int = 2,
     feature: str | None = None,
     via: str | None = None,
-    among: int = 1000,
+    among: int = 300,
     limit: int = 50,
 ) -> pd.DataFrame:
     """The motifs A -> B, or with `length` 3 A -> B -> C, that at least `min_prompts` prompts show.

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,9 +60,12 @@ def missing() -> str | None:
 
 
 @contextlib.contextmanager
-def running() -> Iterator[Neo4jServer]:
-    """A server with an empty database, stopped at the end."""
-    with _in_container() if _docker_runs() else _from_jars() as server:
+def running(fill: Callable[[Path], None] | None = None) -> Iterator[Neo4jServer]:
+    """A server with an empty database, stopped at the end.
+
+    `fill` is called with the server's home folder before it starts, to import a database there; this needs the jars.
+    """
+    with _in_container() if _docker_runs() and fill is None else _from_jars(fill) as server:
         yield server
 
 
@@ -85,7 +88,7 @@ def _in_container() -> Iterator[Neo4jServer]:
 
 
 @contextlib.contextmanager
-def _from_jars() -> Iterator[Neo4jServer]:
+def _from_jars(fill: Callable[[Path], None] | None = None) -> Iterator[Neo4jServer]:
     jars = _jars()
     with socket.socket() as first, socket.socket() as second:
         first.bind(("127.0.0.1", 0))
@@ -94,6 +97,8 @@ def _from_jars() -> Iterator[Neo4jServer]:
     with tempfile.TemporaryDirectory(prefix="atlas-neo4j-", ignore_cleanup_errors=True) as home:
         (Path(home) / "conf").mkdir()
         (Path(home) / "conf" / "neo4j.conf").write_text(CONFIGURATION.format(bolt=bolt, http=http))
+        if fill is not None:
+            fill(Path(home))
         log = Path(home) / "console.log"
         places = [f"--home-dir={home}", f"--config-dir={home}/conf"]
         command = [*JAVA, "-cp", f"{jars}/*", "org.neo4j.server.CommunityEntryPoint", *places]

@@ -88,6 +88,24 @@ def test_cypher_cannot_write(run: Run) -> None:
     assert run("cypher", "MATCH (p:Prompt) RETURN count(p) AS n").stdout.split() == ["n", "5"]
 
 
+def test_cypher_writes_when_it_is_told_to(run: Run) -> None:
+    made = run("cypher", "CREATE (n:Note {text: 'x'}) RETURN n.text AS text", "--write", "--format", "json")
+    assert json.loads(made.stdout) == [{"text": "x"}]
+    assert run("cypher", "MATCH (n:Note) RETURN count(n) AS n").stdout.split() == ["n", "1"]
+    assert run("cypher", "MATCH (n:Note) DELETE n", "--write").exit_code == 0
+    assert run("cypher", "MATCH (n:Note) RETURN count(n) AS n").stdout.split() == ["n", "0"]
+    with pytest.raises(AtlasError, match="The database at"):
+        raise run("cypher", "CREATE (n:Prompt {id: 'x'}) CREATE (m:Prompt {id: 'x'})", "--write").exception  # type: ignore[misc]
+    assert run("cypher", "MATCH (p:Prompt) RETURN count(p) AS n").stdout.split() == ["n", "5"]
+
+
+def test_explain_shows_the_plan_and_asks_nothing(run: Run) -> None:
+    plan = run("query", "prompts_of", "--feature", "no such feature", "--explain")
+    assert plan.exit_code == 0
+    assert "FIRES_ON" in plan.stdout
+    assert "Execution Plan" in plan.stdout
+
+
 def test_show_prints_the_tree(run: Run, folder: tuple[Path, Filled, pd.DataFrame]) -> None:
     circuits = folder[2]
     circuit = circuits.loc[circuits["root_kind"] == "MLP"].iloc[0]
