@@ -172,7 +172,7 @@ class Scanner:
         total, own = values[first] * 0, values[first] * 0
         worded = self._worded[tokens[at[first]]]
         feature = self.offsets[site] + index[first]
-        key = _mixed(feature.astype(np.uint64), tokens[at[first]])
+        key = _mixed(_mixed(length * 0, feature), tokens[at[first]])
         for k in range(1, LONGEST):
             on = length > k
             there = first[on] + k
@@ -199,7 +199,7 @@ class Scanner:
         own = np.minimum(value, self._on_its_own(site, index[single], tokens[here]))
         worded = self._worded[tokens[here]] & self._worded[tokens[here - 1]]
         feature = self.offsets[site] + index[single]
-        key = _mixed(_mixed(~feature.astype(np.uint64), tokens[here - 1]), tokens[here])
+        key = _mixed(_mixed(_mixed(here * 0 + 1, feature), tokens[here - 1]), tokens[here])
         return _finds(key, feature, np.ones_like(here), here, n_ctx, value, (1 - own / value) * worded)
 
     @torch.inference_mode()
@@ -274,7 +274,7 @@ def _once_a_window(parts: list[Finds], first: int) -> Finds:
     return Finds(columns | {"window": columns["window"] + first}).take(kept)
 
 
-def _mixed(key: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """The hash with one more token."""
-    key = (key ^ (tokens.astype(np.uint64) + np.uint64(1))) * _MIX
+def _mixed(key: np.ndarray, more: np.ndarray) -> np.ndarray:
+    """The hash with one more number."""
+    key = (key.astype(np.uint64) * _MIX ^ (more.astype(np.uint64) + np.uint64(1))) * _MIX
     return key ^ (key >> np.uint64(29))
