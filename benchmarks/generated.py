@@ -1,8 +1,9 @@
 """A store of any size made up from a seed, with the degree skew of a real one, and the fastest way to load it.
 
-Of every 500 OV edges one prompt is made: 16 tokens, 130 activations of a stock of 98,304 features (12 layers, two sites)
-whose popularity falls about as 1 / rank, 200 DIRECT edges, 200 firings and two circuits of 30 nodes. Edges run upward in layers and forward in positions, and prefer few of the activations, so that in- and
-out-degrees are as skewed as the popularity of features. FEEDS is what a scan of the edges gives.
+Of every 500 OV edges one prompt is made: 16 tokens, 130 activations of a stock of 98,304 features (12 layers, both
+sites) whose popularity falls about as 1 / rank, 200 DIRECT edges, 200 firings and two circuits of 30 nodes. Edges run
+upward in layers and forward in positions, and prefer few of the activations, so that in- and out-degrees are as skewed
+as the popularity of features. FEEDS is what a scan of the edges gives.
 """
 
 import os

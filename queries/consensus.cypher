@@ -23,7 +23,7 @@
 //   :param {task: "capitals", min_share: 0.5, rule: "relative", limit: 50}
 
 MATCH (:Prompt {task: $task})-[:HAS_CIRCUIT]->(c:Circuit)
-WHERE $rule IS NULL OR c.rule = $rule
+WHERE NOT c:MultiToken AND ($rule IS NULL OR c.rule = $rule)
 WITH collect(c) AS circuits, count(c) AS n_all
 CALL (circuits) {
   UNWIND circuits AS c

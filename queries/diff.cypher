@@ -32,9 +32,11 @@ CALL () {
     RETURN c
     UNION
     MATCH (c:Circuit {prompt: name})
+    WHERE NOT c:MultiToken
     RETURN c
     UNION
     MATCH (:Prompt {task: name})-[:HAS_CIRCUIT]->(c:Circuit)
+    WHERE NOT c:MultiToken
     RETURN c
   }
   RETURN side, collect(c) AS circuits

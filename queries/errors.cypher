@@ -25,7 +25,7 @@ CALL () {
   RETURN p.task AS task, c
 }
 WITH task, c
-WHERE $rule IS NULL OR c.rule = $rule
+WHERE NOT c:MultiToken AND ($rule IS NULL OR c.rule = $rule)
 WITH task, collect(c) AS circuits, count(c) AS n_circuits
 UNWIND circuits AS c
 MATCH (c)-[part:INCLUDES]->(e:Error)

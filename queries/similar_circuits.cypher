@@ -25,7 +25,7 @@ WITH c, collect({feature: f, own: own}) AS mine, sum(own) AS ours
 UNWIND mine AS pair
 WITH c, ours, pair.feature AS f, pair.own AS own
 MATCH (f)<-[:OF]-(n:CircuitNode)<-[part:INCLUDES]-(d:Circuit)
-WHERE d.id <> c.id AND d.root_value <> 0
+WHERE d.id <> c.id AND d.root_value <> 0 AND NOT d:MultiToken
 WITH ours, d, f, own, sum(abs(part.attribution / d.root_value)) AS other
 WITH ours, d, count(f) AS n_shared, sum(CASE WHEN own < other THEN own ELSE other END) AS shared
 ORDER BY shared DESC, d.id
