@@ -4,9 +4,10 @@
 
 Files of the published names, formats and sizes (12 attention SAEs, two of them with 49,152 features, and 12
 transcoders) are written with random weights into an empty cache of the hub, beside a random model of GPT-2 small's
-shape. `convert` is what the first run adds to every later one: reading the pickles as data and writing safetensors.
-`load` is a process that sets up model and dictionaries from what the first left, checksums included. Needs 8 GB
-of disk. Prints one JSON object.
+shape. Seconds are those of one processor, so that waiting for the disk is not counted. `convert` is what the first
+run adds to every later one: reading the pickles as data and writing safetensors. `load` is a process that sets up
+model and dictionaries from what the first left, checksums included. Memory counts the files' mapped pages. Needs
+9 GB of disk. Prints one JSON object.
 """
 
 import json
@@ -56,15 +57,15 @@ def main(which: str) -> None:
 
 
 def load(directory: str) -> None:
-    """Set up, and print seconds and peak memory of this process; importing the libraries is not counted."""
+    """Set up, and print the processor time and peak memory of that; importing the libraries is not counted."""
     import torch  # noqa: F401
     import transformer_lens  # noqa: F401
 
     from ingest.setup import set_up
 
-    started = time.perf_counter()
+    started = time.process_time()
     setup = set_up(directory, dictionaries=DEFAULTS["gpt2"])
-    seconds = round(time.perf_counter() - started, 1)
+    seconds = round(time.process_time() - started, 1)
     memory = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
     print(json.dumps({"dictionaries": len(setup.record.dictionaries), "seconds": seconds, "memory": memory}))
 
