@@ -47,7 +47,8 @@ CALL () {
   RETURN c
 }
 MATCH (p:Prompt)-[:HAS_CIRCUIT]->(c)
-WHERE ($rule IS NULL OR c.rule = $rule)
+WHERE NOT c:MultiToken
+  AND ($rule IS NULL OR c.rule = $rule)
   AND ($prompt IS NULL OR p.id = $prompt)
   AND ($task IS NULL OR p.task = $task)
 WITH p, c

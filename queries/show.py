@@ -47,6 +47,7 @@ RETURN p.id AS prompt, p.text AS text, c.rule AS rule, c.threshold AS threshold,
        c.error_share AS error_share, c.pruned_share AS pruned_share, root.id AS root, root.name AS name,
        [label IN labels(root) WHERE NOT label IN ['CircuitNode', 'Activation']][0] AS kind,
        f.label AS label, root.position AS position, token.text AS token
+ORDER BY position DESC
 """
 _ALL = 1_000_000  # rows: every pair of a circuit
 _TOKENS = """
