@@ -1,11 +1,11 @@
 // Features of one task
 // The features that circuits of at least two of its prompts explain, and the prompts that they fire on.
-// Put a task between the quotes; without one, the first by name is taken.
+// Put a task between the quotes; without one, the one of most prompts is taken.
 WITH '' AS given
 MATCH (p:Prompt)
 WHERE p.task = given OR given = ''
 WITH p.task AS task, collect(p) AS prompts
-ORDER BY task
+ORDER BY size(prompts) DESC, task
 LIMIT 1
 UNWIND prompts AS p
 MATCH (p)-[:HAS_CIRCUIT]->(:Circuit)-[:ROOT]->(:CircuitNode)-[:OF]->(f:Feature)
