@@ -141,11 +141,12 @@ function arrange(aspect) {
         const inLine = Math.min(slots[column], cell.length - line * slots[column]);
         node.x = left[column] + widths[column] / 2 + ((i % slots[column]) - (inLine - 1) / 2) * across;
         node.y = bottom[row] - heights[row] / 2 + (line - (rows - 1) / 2) * up;
-        node.radius = Math.max(3, slot * 0.5 * Math.sqrt(Math.abs(node.size) / largest));
       });
     }
   }
   grid = { left, bottom, widths, heights, width: left.at(-1) || 1, height: height || 1 };
+  const least = Math.min(slot * 0.4, 3 / fitted().k); // the smallest can still be seen and hit
+  for (const node of shown) node.radius = Math.max(least, slot * 0.5 * Math.sqrt(Math.abs(node.size) / largest));
 }
 
 /** Adds `extra`, where it is positive, in proportion to the sizes above `empty`. */

@@ -30,6 +30,7 @@ img-src blob: data:; base-uri 'none'; form-action 'none'">
 </head>
 <body>
 <script type="application/json" id="picture">{data}</script>
+<!-- D3: {licence} -->
 <script>{d3}</script>
 <script>{script}</script>
 </body>
@@ -46,6 +47,7 @@ def page(picture: Picture) -> str:
         title=html.escape(visible(picture.title)),
         style=style,
         data=_block(picture),
+        licence=_part("d3-LICENSE"),
         d3=d3,
         script=script,
     )
