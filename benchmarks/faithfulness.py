@@ -5,7 +5,7 @@
 
 `measure` takes every N-th prompt of the package with its default roots, finds each root's circuit under
 every rule and threshold of `GRID`, and measures it and both baselines in the real model (METHOD 6, mean
-ablation). It also ablates, one at a time, the features with an edge into each root, to zero, and notes the edge
+ablation), and the top-N of direct attribution among features that push the root its own way. It also ablates, one at a time, the features with an edge into each root, to zero, and notes the edge
 beside what the root's pre-activation loses. One line a root; what is there already is not measured again.
 
 `report` prints tables with bootstrap confidence intervals over circuits, and draws the plots.
@@ -38,9 +38,10 @@ from ingest.roots import Root, from_the_top, parse_root, resolve, root_table
 from ingest.setup import Setup, set_up
 
 GRID = {
-    "relative": (0.005, 0.01, 0.02, 0.05, 0.1),
-    "top_mass": (0.2, 0.35, 0.5, 0.7),
-    "paper": (0.05, 0.2, 0.5, 1.0),
+    "relative": (0.005, 0.01, 0.02, 0.05),
+    "support": (0.005, 0.01, 0.02, 0.05),
+    "top_mass": (0.35, 0.5, 0.7),
+    "paper": (0.05, 0.2, 0.5),
 }
 EDGE_SHARE = 0.02
 RESAMPLES = 2000
@@ -93,6 +94,7 @@ def measure_prompt(
                 keys.append((r, rule, threshold))
     nothing = [Claim(f"{number}/{r}/none", root, as_features([])) for r, root in enumerate(roots)]
     shares = measure(setup, replacement, [*claims, *nothing], mean)
+    signed = signed_shares(setup, replacement, table, claims, [r for r, _, _ in keys], mean)
     direct = attribute(replacement, table, lambda attr, _: torch.zeros_like(attr, dtype=torch.bool))
     for r, root in enumerate(roots):
         yield {
@@ -106,8 +108,10 @@ def measure_prompt(
                     "threshold": threshold,
                     "size": int((claim.features[:, 1] > 0).sum()),
                     **{k: v for k, v in vars(share).items() if k != "ablation"},
+                    "signed_faithfulness": same_way[0],
+                    "signed_necessity": same_way[1],
                 }
-                for (of, rule, threshold), claim, share in zip(keys, claims, shares, strict=False)
+                for (of, rule, threshold), claim, share, same_way in zip(keys, claims, shares, signed, strict=False)
                 if of == r
             ],
             "edges": edges(setup, replacement, root, table, direct, r, zero),
@@ -123,6 +127,27 @@ def kept(setup: Setup, replacement: ReplacementModel, found: Attribution, r: int
         at = [torch.full_like(site.index[mask], number), site.position[mask], site.index[mask]]
         rows.append(torch.stack(at, 1))
     return torch.cat(rows)
+
+
+def signed_shares(
+    setup: Setup, replacement: ReplacementModel, table: Roots, claims: list[Claim], of: list[int], by: Ablation
+) -> list[tuple[float, float]]:
+    """(faithfulness, necessity) of a third baseline: the top-N of direct attribution that push the root its way."""
+    everything = attribute(replacement, table, lambda attr, _: attr != 0)
+    sites = [(n, d.record, replacement.site(d.record.layer, d.record.site)) for n, d in enumerate(setup.dictionaries)]
+    active = torch.cat([torch.stack([torch.full_like(s.index, n), s.position, s.index], 1) for n, _, s in sites])
+    attr = torch.cat(
+        [(everything.mlp if d.site == "mlp" else everything.attn)[d.layer].feature for _, d, _ in sites], 1
+    )
+    attr = attr * table.value.sign()[:, None] * (active[:, 1] > 0)
+    interventions: list[Intervention] = []
+    for claim, r in zip(claims, of, strict=True):
+        n = int((claim.features[:, 1] > 0).sum())
+        chosen = active[attr[r].topk(min(n, int((attr[r] > 0).sum()))).indices]
+        interventions += [Intervention(claim.root, chosen, outside) for outside in (True, False)]
+    values = root_values(setup, replacement.trace.tokens.tolist(), interventions, by).view(-1, 2)
+    shares = values / table.value[of, None]
+    return [(float(f), 1 - float(n)) for f, n in shares]
 
 
 def edges(
@@ -180,13 +205,15 @@ def shown(values: np.ndarray, form: str = "{:.2f}") -> str:
 
 def summary(frame: pd.DataFrame) -> str:
     """One row a rule and threshold: size, means, and how far circuits are ahead of each baseline of their size."""
-    head = ["rule", "threshold", "features", *(f"{m}{of}" for m in MEASURES for of in ("", " - random", " - top-N"))]
+    beside = {"random": "random", "top": "top-N", "signed": "top-N of one sign"}
+    head = ["rule", "threshold", "features"]
+    head += [f"{m}{of}" for m in MEASURES for of in ("", *(f" - {name}" for name in beside.values()))]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for (rule, threshold), part in frame.groupby(["rule", "threshold"], sort=False):
         cells = [str(rule), str(threshold), f"{part['size'].median():.0f}"]
         for m in MEASURES:
             cells.append(shown(part[m].to_numpy()))
-            cells += [shown((part[m] - part[f"{b}_{m}"]).to_numpy(), "{:+.2f}") for b in ("random", "top")]
+            cells += [shown((part[m] - part[f"{b}_{m}"]).to_numpy(), "{:+.2f}") for b in beside]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -225,7 +252,7 @@ def draw(frame: pd.DataFrame, read: list[dict[str, Any]], out: Path) -> None:
     for column, (kind, of_kind) in enumerate(frame.groupby("kind")):
         for row, m in enumerate(MEASURES):
             axis = axes[row, column]
-            for color, (rule, part) in zip(("C0", "C1", "C2"), of_kind.groupby("rule", sort=False), strict=True):
+            for color, (rule, part) in zip(("C0", "C1", "C2", "C3"), of_kind.groupby("rule", sort=False), strict=True):
                 curve(axis, part, m, color, "-", str(rule))
                 curve(axis, part, f"top_{m}", color, "--", "top-N of its sizes" if rule == "relative" else None)
                 curve(axis, part, f"random_{m}", color, ":", "random of its sizes" if rule == "relative" else None)

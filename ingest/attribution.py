@@ -42,6 +42,13 @@ def relative(threshold: float) -> Keep:
     return lambda attr, root_value: (attr.abs() >= threshold * root_value.abs()[:, None]) & (attr != 0)
 
 
+def support(threshold: float) -> Keep:
+    """Keep attr >= threshold * |p_r| in the sign of p_r: what makes the root what it is, not what works against it."""
+    return lambda attr, root_value: (
+        (attr * root_value.sign()[:, None] >= threshold * root_value.abs()[:, None]) & (attr != 0)
+    )
+
+
 def top_mass(threshold: float) -> Keep:
     """Keep the smallest set whose |attr| sums to the share `threshold` of the total; ties by node order."""
 
@@ -54,7 +61,12 @@ def top_mass(threshold: float) -> Keep:
     return keep
 
 
-RULES: dict[str, Callable[[float], Keep]] = {"paper": paper, "relative": relative, "top_mass": top_mass}
+RULES: dict[str, Callable[[float], Keep]] = {
+    "paper": paper,
+    "relative": relative,
+    "support": support,
+    "top_mass": top_mass,
+}
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@
 //   prompt: prompt = null; e.g. "4f1c09d2a6b8e735"; id of a prompt
 //   feature: feature = null; e.g. "mini/2/mlp/812"; a feature that the circuits include
 //   task: task = null; e.g. "capitals"; the prompts' task
-//   rule: paper|relative|top_mass = null; e.g. "relative"; the rule that kept the nodes
+//   rule: paper|relative|support|top_mass = null; e.g. "relative"; the rule that kept the nodes
 //   limit: integer 0.. = 100; e.g. 20; the most rows to return
 //
 // Columns, most complete circuits first:

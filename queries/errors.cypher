@@ -2,7 +2,7 @@
 //
 // Parameters:
 //   task: task = null; e.g. "capitals"; this task only
-//   rule: paper|relative|top_mass = null; e.g. "relative"; circuits of this rule only
+//   rule: paper|relative|support|top_mass = null; e.g. "relative"; circuits of this rule only
 //
 // Columns, the largest first:
 //   task*: string; the prompts' task

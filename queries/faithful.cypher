@@ -2,7 +2,7 @@
 //
 // Parameters:
 //   task: task = null; e.g. "capitals"; the prompts' task
-//   rule: paper|relative|top_mass = null; e.g. "relative"; circuits of this rule only
+//   rule: paper|relative|support|top_mass = null; e.g. "relative"; circuits of this rule only
 //   min_faithfulness: float 0.. = null; e.g. 0.8; the least faithfulness
 //   limit: integer 0.. = 100; e.g. 20; the most rows to return
 //

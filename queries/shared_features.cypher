@@ -5,7 +5,7 @@
 //   min_share_of_prompts: float 0..1 = 0.5; e.g. 0.8; the least share of the task's prompts with circuits
 //   layer: integer 0.. = null; e.g. 2; features of this layer only
 //   site: attn|mlp = null; e.g. "mlp"; features of this site only
-//   rule: paper|relative|top_mass = null; e.g. "relative"; circuits of this rule only
+//   rule: paper|relative|support|top_mass = null; e.g. "relative"; circuits of this rule only
 //   limit: integer 0.. = 100; e.g. 20; the most rows to return
 //
 // Columns, the most widely shared first:

@@ -26,7 +26,7 @@ KINDS = [
     ("relu", "hook_attn_out", "jumprelu"),
     ("topk", "hook_attn_out", "relu"),
 ]
-THRESHOLDS = {"paper": 0.02, "relative": 0.05, "top_mass": 0.6}
+THRESHOLDS = {"paper": 0.02, "relative": 0.05, "support": 0.05, "top_mass": 0.6}
 
 
 @dataclass
@@ -141,6 +141,8 @@ def plain_rule(rule, threshold, attr, root_value):
         return attr > threshold
     if rule == "relative":
         return (attr.abs() >= threshold * root_value.abs()) & (attr != 0)
+    if rule == "support":
+        return (attr != 0) & (attr / root_value >= threshold)
     kept = torch.zeros_like(attr, dtype=torch.bool)
     total, mass = attr.abs().sum(), 0.0
     cells = sorted(attr.nonzero().tolist(), key=lambda cell: -abs(attr[cell[0], cell[1]]))

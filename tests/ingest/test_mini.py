@@ -33,7 +33,7 @@ def test_stored_edges_constants_and_the_rest_are_the_pre_activations(mini, text)
     """I1 as it is stored, for every feature and logit of every rule's circuits."""
     replacement = mini.replace(mini.model.tokens(text))
     record = prompt_record(Prompt(text, "test"), "p", mini.model, "r", replacement, default_requests(mini))
-    assert len(record.circuits) == 33
+    assert len(record.circuits) == 11 * len(RULES)
     total = incoming(record)
     for number, node in enumerate(record.nodes):
         if node.pre_activation is not None:

@@ -99,7 +99,9 @@ def setup(tmp_path_factory):
     return set_up(str(write_planted(tmp_path_factory.mktemp("planted") / "planted")))
 
 
-@pytest.mark.parametrize(("rule", "threshold"), [("relative", 0.05), ("paper", 0.05), ("top_mass", 0.7)])
+@pytest.mark.parametrize(
+    ("rule", "threshold"), [("relative", 0.05), ("support", 0.05), ("paper", 0.05), ("top_mass", 0.7)]
+)
 def test_the_planted_path_is_found(setup, rule, threshold):
     text = "CADBE"
     requests = [CircuitRequest(rule, threshold, parse_root("logits", setup.model, setup.dictionaries))]
