@@ -98,7 +98,7 @@ class FiringRecord(NamedTuple):
     """
 
     dictionary: str
-    index: int
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride]
     positions: tuple[int, ...]
     values: tuple[float, ...]
 
@@ -107,7 +107,7 @@ class SpanRecord(NamedTuple):
     """One feature active on the tokens `start` to `end`, two or more, with their text and its `mean` activation."""
 
     dictionary: str
-    index: int
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride]
     start: int
     end: int
     text: str
