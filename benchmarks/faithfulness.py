@@ -5,7 +5,8 @@
 
 `measure` takes every N-th prompt of the package with its default roots, finds each root's circuit under
 every rule and threshold of `GRID`, and measures it and both baselines in the real model (METHOD 6, mean
-ablation), and the top-N of direct attribution among features that push the root its own way. It also ablates, one at a time, the features with an edge into each root, to zero, and notes the edge
+ablation). A third baseline is the top-N of direct attribution among the features that push the root the way
+it went. Also the features with an edge into each root are ablated to zero one at a time, and the edge is noted
 beside what the root's pre-activation loses. One line a root; what is there already is not measured again.
 
 `report` prints tables with bootstrap confidence intervals over circuits, and draws the plots.

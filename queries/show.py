@@ -44,7 +44,9 @@ MATCH (p:Prompt)-[:HAS_CIRCUIT]->(c:Circuit {id: $circuit})-[:ROOT]->(root:Circu
 OPTIONAL MATCH (root)-[:OF]->(f:Feature)
 RETURN p.id AS prompt, p.text AS text, c.rule AS rule, c.threshold AS threshold, c.n_nodes AS n_nodes,
        c.n_edges AS n_edges, c.root_value AS root_value, c.completeness AS completeness,
-       c.error_share AS error_share, c.pruned_share AS pruned_share, root.id AS root, root.name AS name,
+       c.error_share AS error_share, c.pruned_share AS pruned_share, c.faithfulness AS faithfulness,
+       c.random_faithfulness AS random_faithfulness, c.top_faithfulness AS top_faithfulness,
+       c.necessity AS necessity, c.ablation AS ablation, root.id AS root, root.name AS name,
        [label IN labels(root) WHERE NOT label IN ['CircuitNode', 'Activation']][0] AS kind,
        f.label AS label, root.position AS position, token.text AS token
 ORDER BY position DESC
@@ -250,6 +252,17 @@ def _text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
+def _in_the_model(head: dict[str, Any]) -> list[str]:
+    """What the real model said of the circuit, where it was asked."""
+    if not isinstance(head["ablation"], str):
+        return []
+    return [
+        f"real model, {head['ablation']} ablation: {_percent(head['faithfulness'])} left without the rest (random "
+        f"{_percent(head['random_faithfulness'])}, strongest {_percent(head['top_faithfulness'])}), "
+        f"{_percent(head['necessity'])} lost without the circuit"
+    ]
+
+
 def _heading(circuit: str, head: dict[str, Any], tokens: Iterable[tuple[int, str]]) -> Text:
     prompt = Text()
     for position, token in tokens:
@@ -262,7 +275,7 @@ def _heading(circuit: str, head: dict[str, Any], tokens: Iterable[tuple[int, str
         f"pruned {_percent(head['pruned_share'])}"
     )
     kept = f"{head['n_nodes']} nodes, {head['n_edges']} edges, {head['rule']} at {head['threshold']:g}"
-    lines = [visible(circuit), prompt, f"value {head['root_value']:.4g}: {explained}", kept, ""]
+    lines = [visible(circuit), prompt, f"value {head['root_value']:.4g}: {explained}", kept, *_in_the_model(head), ""]
     return Text("\n").join(line if isinstance(line, Text) else Text(line) for line in lines)
 
 
