@@ -13,6 +13,8 @@ from pathlib import Path
 
 from atlas.errors import AtlasError, cause
 
+NAMED = 4  # files that a sentence names one by one; of more, the whole repository is to be brought
+
 
 def sha256(path: Path) -> str:
     """The sha256 of a file's bytes, in hexadecimal."""
@@ -21,13 +23,18 @@ def sha256(path: Path) -> str:
 
 
 def fetch(
-    repository: str, revision: str, files: Sequence[str], known: Mapping[str, str | None] | None = None
+    repository: str,
+    revision: str,
+    files: Sequence[str],
+    known: Mapping[str, str | None] | None = None,
+    bring: Sequence[str] = (),
 ) -> list[Path]:
     """The `files` of a repository in the hub's cache, downloaded where they are not there yet.
 
-    Raises AtlasError when one is neither there nor to be had, or is not what its publisher gave.
+    `known` are sha256 of files; `bring` all that will be asked for, to be named where one is missing. Raises
+    AtlasError when one is neither there nor to be had, or is not what its publisher gave.
     """
-    paths = [_fetch_one(repository, revision, file, files) for file in files]
+    paths = [_fetch_one(repository, revision, file, bring or files) for file in files]
     for file, path in zip(files, paths, strict=True):
         _check(path, (known or {}).get(file))
     return paths
@@ -74,9 +81,10 @@ def _missing(repository: str, revision: str, file: str, all_files: Sequence[str]
     from huggingface_hub import constants
 
     folder = "models--" + repository.replace("/", "--")
+    names = " ".join(all_files) + " " if len(all_files) <= NAMED else ""
     return (
         f"{file} of {repository} at {revision} is not in the hub's cache, and was not downloaded: {reason}. Where "
-        f"there is a network, run `hf download {repository} {' '.join(all_files)} --revision {revision}`, then copy "
+        f"there is a network, run `hf download {repository} {names}--revision {revision}`, then copy "
         f"the folder {folder} of its cache to {Path(constants.HF_HUB_CACHE) / folder} here."
     )
 

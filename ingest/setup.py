@@ -99,15 +99,20 @@ def places_for(name: str, dictionaries: Sequence[str], layers: frozenset[int] | 
         entry = published_set(each)
         if entry.model != base and not Path(name).is_dir():
             raise AtlasError(f"{entry.name} is for model {entry.model}, not {name}.")
-        places += [_fetched(entry, layer) for layer in layers_of(entry, layers)]
+        places += _fetched(entry, layers_of(entry, layers))
     if not places:
         raise AtlasError(f"No dictionary is for the layers asked for ({', '.join(map(str, sorted(layers or ())))}).")
     return places
 
 
-def _fetched(entry: DictionarySet, layer: int) -> Place:
-    """One dictionary of a published set, downloaded and converted unless that was done before."""
-    files = fetch(entry.repository, entry.revision, entry.files[layer])
+def _fetched(entry: DictionarySet, layers: Sequence[int]) -> list[Place]:
+    """Dictionaries of a published set, downloaded and converted unless that was done before."""
+    bring = [file for layer in layers for file in entry.files[layer]]
+    downloaded = {layer: fetch(entry.repository, entry.revision, entry.files[layer], bring=bring) for layer in layers}
+    return [_converted(entry, layer, files) for layer, files in downloaded.items()]
+
+
+def _converted(entry: DictionarySet, layer: int, files: Sequence[Path]) -> Place:
     commit = commit_of(files[0])
     origin = Origin(entry.source, entry.repository, commit, entry.weights)
     if entry.form == "saelens":

@@ -206,6 +206,8 @@ def test_what_is_not_there_is_named_with_where_to_put_it(hub: Hub, monkeypatch: 
     assert "HF_HUB_OFFLINE is set" in sentence
     assert "hf download openai-community/gpt2-medium config.json model.safetensors tokenizer.json" in sentence
     assert f"to {huggingface_hub.constants.HF_HUB_CACHE}/models--openai-community--gpt2-medium here" in sentence
+    with pytest.raises(AtlasError, match=f"run `hf download {SETS[KK].repository} --revision 0000`, then copy"):
+        places_for("gpt2", [f"{KK}@0000"], None)
     assert set_up("gpt2", layers=frozenset({5})).model.record.id == "gpt2", "what is in the cache needs no network"
 
 
