@@ -103,7 +103,7 @@ class Store:
     def explain(self, cypher: str, /, **parameters: Any) -> str:
         """The plan by which the database would run the query, in its own words; nothing is run."""
         with self._reading("EXPLAIN " + cypher, parameters, size=1) as result:
-            plan: Any = result.consume().plan
+            plan = cast(Any, result.consume()).plan
         return str(plan["args"]["string-representation"]).strip()
 
     def change(self, cypher: str, /, **parameters: Any) -> pd.DataFrame:

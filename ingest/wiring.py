@@ -67,13 +67,13 @@ def wired_blocks(setup: Setup, layers: Sequence[int], kinds: Sequence[str], top:
                 yield from _blocks("MLP", None, target, sources, {None: target.W_enc.T}, top)
             if target.record.site == "attn" and "OV" in kinds:
                 sources = [_Source(d, head, w) for d in below for w in [writes(setup, d)] for head in heads]
-                sides = {head: reads(setup, target, head) for head in heads}
+                sides: _Sides = {head: reads(setup, target, head) for head in heads}
                 yield from _blocks("OV", layer, target, sources, sides, top)
         if "QK" in kinds:
             W_Q, W_K = setup.model.weights.W_Q[layer], setup.model.weights.W_K[layer]
             sources = [_Source(d, h, w @ W_K[h]) for d in below for w in [writes(setup, d)] for h in heads]
             for target in below:
-                sides = {head: writes(setup, target) @ W_Q[head] for head in heads}
+                sides: _Sides = {head: writes(setup, target) @ W_Q[head] for head in heads}
                 yield from _blocks("QK", layer, target, sources, sides, top)
 
 
