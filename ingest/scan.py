@@ -3,7 +3,7 @@
 Every site is encoded for a batch of windows at once (bfloat16: what is found is encoded exactly when it is
 ingested). Two kinds of finds are counted by feature and phrase:
 
-    span    a feature that fires on 2 to LONGEST tokens, and on neither of their neighbours
+    span    a feature above layer 0 that fires on 2 to LONGEST tokens, and on neither of their neighbours
     seed    the feature of an MLP of the upper half that fires most on a token, but not on the one before; the
             phrase is the two tokens. The end of a chain, perhaps.
 
@@ -131,7 +131,7 @@ class Scanner:
         for start in range(0, len(windows), WINDOWS):
             batch = windows[start : start + WINDOWS]
             n_tokens += batch[:, 1:].size
-            found = list(self._batch(batch, firings, n_tokens))
+            found = [Finds.none(), *self._batch(batch, firings, n_tokens)]
             parts.append(_once_a_window(found, first + start))
         finds = together(parts)
         if len(finds) > 2 * KEPT:
@@ -151,9 +151,10 @@ class Scanner:
             sparse = (firings[offset : offset + size] <= DENSE * n_tokens)[index]
             first, last = runs(keys)
             length = last + 1 - first
-            span = (length >= 2) & (length <= LONGEST) & sparse[first]
-            yield self._spans(site, windows.shape[1], tokens, index, at, values, first[span], length[span])
             record = self.dictionaries[site].record
+            if record.layer > 0:
+                span = (length >= 2) & (length <= LONGEST) & sparse[first]
+                yield self._spans(site, windows.shape[1], tokens, index, at, values, first[span], length[span])
             if record.site == "mlp" and 2 * record.layer >= self.setup.model.record.n_layers:
                 single = first[(length == 1) & sparse[first] & (at[first] % windows.shape[1] > 1)]
                 yield self._seeds(site, windows.shape[1], tokens, index, at, values, single)
