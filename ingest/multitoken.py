@@ -5,8 +5,9 @@ Candidates are
     spans    one feature above layer 0 on 2 to LONGEST tokens; those whose tokens were all asked for as roots
              first, then by log2(1 + prompts that show feature and text) * -log2(the feature's frequency), so
              that what fires everywhere comes last however many spans it has; at most PER_FEATURE a feature
-    chains   from each stored root r_n back: r_(k-1) is the feature at the token before that the circuit of r_k
-             keeps with the largest share of its value, SIGMA or more; by smallest share times mean -log2 frequency
+    chains   from each stored root r_n, and from the spans' roots, back: r_(k-1) is the feature at the token before
+             that the circuit of r_k keeps with the largest share of its value, SIGMA or more; by smallest share times
+             mean -log2 frequency
 
 Each is measured: crossing_weight beside its nulls (ingest/crossing.py), p = (1 + draws that cross as much) /
 (1 + draws), and q over the candidates of the run by Benjamini and Hochberg; what the real model loses without
@@ -79,7 +80,8 @@ def find(store: Store, setup: Setup, length: int, limit: int, started: Started) 
     rooted = roots_by_prompt(store, setup)
     candidates = best_spans(span_table(store, setup.record.id, length), rooted, frequency, limit)
     prompts = {prompt.id: prompt for prompt in read_prompts(store, sorted({*rooted, *(c.prompt for c in candidates)}))}
-    candidates += _best_chains(setup, prompts, rooted, frequency, length, limit, started)
+    ends = {id: rooted.get(id, set()).union(*(c.roots for c in candidates if c.prompt == id)) for id in prompts}
+    candidates += _best_chains(setup, prompts, ends, frequency, length, limit, started)
     measured: list[tuple[Candidate, str, Crossing, FirstToken]] = []
     step = started("Measuring", len(candidates))
     for id in dict.fromkeys(c.prompt for c in candidates if c.prompt in prompts):
@@ -185,23 +187,22 @@ def _drivers(replacement: ReplacementModel, roots: Sequence[Root]) -> dict[Root,
 def _best_chains(
     setup: Setup,
     prompts: dict[str, StoredPrompt],
-    rooted: dict[str, set[Root]],
+    ends: dict[str, set[Root]],
     frequency: dict[str, float],
     length: int,
     limit: int,
     started: Started,
 ) -> list[Candidate]:
     scored: list[tuple[float, Candidate]] = []
-    step = started("Looking for chains", len(rooted))
-    for id, roots in sorted(rooted.items()):
-        if id in prompts:
-            replacement = setup.replace(prompts[id].token_ids)
-            alive = sorted((r for r in roots if _fires(replacement, [r])), key=_order)
-            for chain, share in chains(replacement, alive):
-                features = [f"{setup.model.record.id}/{r.layer}/{r.site}/{r.index}" for r in chain]
-                bits = rarity_score(np.ones(len(chain)), np.array([frequency.get(f, 1.0) for f in features])).mean()
-                if len(chain) >= length:
-                    scored.append((share * float(bits), Candidate(id, "chain", chain)))
+    step = started("Looking for chains", len(ends))
+    for id, roots in sorted(ends.items()):
+        replacement = setup.replace(prompts[id].token_ids)
+        alive = sorted((r for r in roots if _fires(replacement, [r])), key=_order)
+        for chain, share in chains(replacement, alive):
+            features = [f"{setup.model.record.id}/{r.layer}/{r.site}/{r.index}" for r in chain]
+            bits = rarity_score(np.ones(len(chain)), np.array([frequency.get(f, 1.0) for f in features])).mean()
+            if len(chain) >= length:
+                scored.append((share * float(bits), Candidate(id, "chain", chain)))
         step()
     scored.sort(key=lambda pair: (-pair[0], pair[1].prompt, _order(pair[1].roots[-1])))
     return [candidate for _, candidate in scored[:limit]]

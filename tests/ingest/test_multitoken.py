@@ -133,21 +133,21 @@ def test_crossing_weight_and_its_nulls(exact):
 def test_the_planted_circuit_is_found_with_its_head(store, planted):
     (task,) = ingest(store, planted, [TEXT], ["logits"])
     found = {(f.candidate.form, f.text): f for f in find(store, planted, 2, 50, ignored)}
-    span, chain = found["span", "EA"], found["chain", "EA"]
+    span, chain = found["span", "E A"], found["chain", "E A"]
     assert span.candidate.roots == (Root("attn", 1, 4, D), Root("attn", 1, 5, D))
     assert chain.candidate.roots == (Root("attn", 0, 4, D), Root("attn", 1, 5, D))
     for each in (span, chain):
         assert each.crossing.weight > 0.9
         assert (each.ablation.n, each.ablation.lost, each.ablation.lost_random) == (1, pytest.approx(1), 0)
     rows = store.read(
-        "MATCH (m:MultiToken {text: 'EA'})-[:ROOT {order: 2}]->(root)<-[e:OV]-(u:Activation) "
+        "MATCH (m:MultiToken {text: 'E A'})-[:ROOT {order: 2}]->(root)<-[e:OV]-(u:Activation) "
         "MATCH (m)-[:INCLUDES]->(u) WHERE u.position = m.start AND e.weight > 0.5 * root.value "
         "RETURN m.form AS form, u.id AS id, e.layer AS layer, e.head AS head ORDER BY form"
     )
     through = f"{task.id}/4/0/attn/{D}"
     assert rows.to_numpy().tolist() == [["chain", through, 1, 1], ["span", through, 1, 1]]
     joins = store.read(
-        "MATCH (m:MultiToken {text: 'EA', form: 'span'})-[j:JOINS]->(c:Circuit)-[:ROOT]->(n) "
+        "MATCH (m:MultiToken {text: 'E A', form: 'span'})-[j:JOINS]->(c:Circuit)-[:ROOT]->(n) "
         "RETURN n.id AS id, m.crossing_weight AS weight ORDER BY j.order"
     )
     assert joins["id"].tolist() == [f"{task.id}/{t}/1/attn/{D}" for t in (4, 5)]
