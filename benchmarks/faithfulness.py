@@ -23,6 +23,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from ingest import faithfulness
 from ingest.attribution import RULES, Attribution, Roots, attribute
 from ingest.faithfulness import (
     Ablation,
@@ -41,9 +42,10 @@ from ingest.setup import Setup, set_up
 GRID = {
     "relative": (0.005, 0.01, 0.02, 0.05),
     "support": (0.005, 0.01, 0.02, 0.05),
-    "top_mass": (0.35, 0.5, 0.7),
+    "top_mass": (0.35, 0.7),
     "paper": (0.05, 0.2, 0.5),
 }
+DRAWS = 2  # random sets a circuit; many circuits make up for few draws
 EDGE_SHARE = 0.02
 RESAMPLES = 2000
 MEASURES = ("faithfulness", "necessity")
@@ -61,6 +63,7 @@ def main() -> None:
 def measure_command(rows: Path, every: int, seconds: float) -> None:
     """Measure what is not in ROWS yet."""
     torch.set_num_threads(1)
+    faithfulness.DRAWS = DRAWS
     done = {json.loads(line)["prompt"] for line in rows.read_text().splitlines()} if rows.exists() else set()
     prompts = [json.loads(line)["prompt"] for line in (MINI.parent / "prompts.jsonl").read_text().splitlines()][::every]
     setup, started = set_up("mini"), time.monotonic()
@@ -257,7 +260,10 @@ def draw(frame: pd.DataFrame, read: list[dict[str, Any]], out: Path) -> None:
                 curve(axis, part, m, color, "-", str(rule))
                 curve(axis, part, f"top_{m}", color, "--", "top-N of its sizes" if rule == "relative" else None)
                 curve(axis, part, f"random_{m}", color, ":", "random of its sizes" if rule == "relative" else None)
+            curve(axis, of_kind[of_kind["rule"] == "support"], f"signed_{m}", "C1", "-.", "top-N of one sign")
             axis.set_xscale("log")
+            axis.set_xticks([3, 10, 30, 100], ["3", "10", "30", "100"], minor=False)
+            axis.set_xticks([], minor=True)
             axis.set_title(f"{m}, {kind} roots")
             axis.set_ylabel("share of the root's value")
         axes[0, column].axhline(of_kind["floor"].mean(), color="0.7", linewidth=1, label="nothing kept")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ingest.job import Summary
     from ingest.setup import Setup
 
-THRESHOLDS = {"relative": 0.02, "support": 0.02, "top_mass": 0.5, "paper": 0.1}
+THRESHOLDS = {"relative": 0.02, "support": 0.01, "top_mass": 0.5, "paper": 0.1}
 
 
 F = TypeVar("F", bound=Callable[..., Any])
