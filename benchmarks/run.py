@@ -18,6 +18,7 @@ BENCHES = [
     ("Loading GPT-2 small's dictionaries", "bench_load", ["gpt2"]),
     ("Writing", "bench_write", ["embedded", "neo4j"]),
     ("Labels", "bench_labels", ["300000"]),
+    ("Questions", "bench_queries", ["embedded", "neo4j"]),
 ]
 
 
