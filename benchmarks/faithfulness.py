@@ -189,7 +189,8 @@ def report_command(rows: Path, out: Path) -> None:
     click.echo(f"{frame['circuit'].nunique()} circuits of {len({row['prompt'] for row in read})} prompts\n")
     for kind, part in frame.groupby("kind"):
         click.echo(f"{kind}s: {part['circuit'].nunique()}; with nothing kept {part['floor'].mean():.2f}\n")
-        click.echo(summary(part) + "\n")
+        for measure_ in MEASURES:
+            click.echo(summary(part, measure_) + "\n")
     click.echo(edge_summary(read))
     out.mkdir(parents=True, exist_ok=True)
     draw(frame, read, out)
@@ -207,17 +208,21 @@ def shown(values: np.ndarray, form: str = "{:.2f}") -> str:
     return f"{form} [{form}, {form}]".format(*interval(values))
 
 
-def summary(frame: pd.DataFrame) -> str:
-    """One row a rule and threshold: size, means, and how far circuits are ahead of each baseline of their size."""
+def summary(frame: pd.DataFrame, measure_: str) -> str:
+    """One row a rule and threshold: median size, mean, how far ahead of each baseline, and the distance from 1.
+
+    `behind top-N` is the share of circuits that do worse than it, `above 1.1` the share that overshoot.
+    """
     beside = {"random": "random", "top": "top-N", "signed": "top-N of one sign"}
-    head = ["rule", "threshold", "features"]
-    head += [f"{m}{of}" for m in MEASURES for of in ("", *(f" - {name}" for name in beside.values()))]
+    head = ["rule", "threshold", "features", measure_, *(f"ahead of {name}" for name in beside.values())]
+    head += ["behind top-N", "above 1.1", "distance from 1", "top-N's distance"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for (rule, threshold), part in frame.groupby(["rule", "threshold"], sort=False):
-        cells = [str(rule), str(threshold), f"{part['size'].median():.0f}"]
-        for m in MEASURES:
-            cells.append(shown(part[m].to_numpy()))
-            cells += [shown((part[m] - part[f"{b}_{m}"]).to_numpy(), "{:+.2f}") for b in beside]
+        own, top = part[measure_].to_numpy(), part[f"top_{measure_}"].to_numpy()
+        cells = [str(rule), str(threshold), f"{part['size'].median():.0f}", shown(own)]
+        cells += [shown(own - part[f"{b}_{measure_}"].to_numpy(), "{:+.2f}") for b in beside]
+        cells += [f"{(own < top - 1e-6).mean():.0%}", f"{(own > 1.1).mean():.0%}"]
+        cells += [f"{np.abs(own - 1).mean():.2f}", f"{np.abs(top - 1).mean():.2f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
