@@ -138,7 +138,8 @@ def test_the_planted_circuit_is_found_with_its_head(store, planted):
     assert chain.candidate.roots == (Root("attn", 0, 4, D), Root("attn", 1, 5, D))
     for each in (span, chain):
         assert each.crossing.weight > 0.9
-        assert (each.ablation.n, each.ablation.lost, each.ablation.lost_random) == (1, pytest.approx(1), 0)
+        assert (each.ablation.n, each.ablation.lost_random) == (1, 0)
+        assert each.ablation.lost > 0.9, "all but what the reconstruction error carries"
     rows = store.read(
         "MATCH (m:MultiToken {text: 'E A'})-[:ROOT {order: 2}]->(root)<-[e:OV]-(u:Activation) "
         "MATCH (m)-[:INCLUDES]->(u) WHERE u.position = m.start AND e.weight > 0.5 * root.value "
