@@ -9,7 +9,8 @@ ORDER BY a.query > a.key AND a.key > 0 DESC, a.pattern DESC, a.id
 LIMIT 1
 MATCH (a)-[query:QUERY]->(q:Token)
 MATCH (a)-[key:KEY]->(k:Token)
-OPTIONAL MATCH (k)<-[:AT]-(v:CircuitNode)-[e:QK {layer: a.layer, head: a.head}]->(u:CircuitNode)-[:AT]->(q)
+OPTIONAL MATCH (k)<-[:AT]-(v:CircuitNode)-[e:QK {layer: a.layer, head: a.head}]->(u:CircuitNode)
+WHERE u.position = a.query
 RETURN a, query, q, key, k, v, e, u
 ORDER BY abs(e.score) DESC, v.id, u.id
 LIMIT 20
