@@ -36,7 +36,7 @@ def main(which: str) -> None:
     setup = set_up("mini") if which == "mini" else gpt2_shaped()
     tokens = text_tokens(setup)
     requests = [
-        CircuitRequest("relative", THRESHOLDS["relative"], parse_root("default", setup.model, setup.dictionaries))
+        CircuitRequest("support", THRESHOLDS["support"], parse_root("default", setup.model, setup.dictionaries))
     ]
     base, whole, edges = [], [], 0
     for i in range(REPEATS + 1):

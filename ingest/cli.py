@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ingest.job import Summary
     from ingest.setup import Setup
 
-THRESHOLDS = {"relative": 0.02, "support": 0.01, "top_mass": 0.5, "paper": 0.1}
+THRESHOLDS = {"support": 0.02, "relative": 0.02, "top_mass": 0.5, "paper": 0.1}
 
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -63,7 +63,7 @@ def model_options(command: F) -> F:
     show_default=True,
     help='What to explain: default, logits, features, @POSITION, 2/mlp/812, " Paris", " Paris- Rome"; may be repeated.',
 )
-@click.option("--rule", default="relative", show_default=True, help=f"Which nodes to keep: {', '.join(THRESHOLDS)}.")
+@click.option("--rule", default="support", show_default=True, help=f"Which nodes to keep: {', '.join(THRESHOLDS)}.")
 @click.option("--threshold", type=float, help="The rule's threshold.  [default: " + str(THRESHOLDS)[1:-1] + "]")
 @click.option(
     "--look-share",
