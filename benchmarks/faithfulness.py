@@ -1,7 +1,8 @@
 """How faithful circuits are, by keep rule and threshold: the measurements behind docs/faithfulness.md.
 
-    python -m benchmarks.faithfulness measure ROWS.jsonl [--every N]
+    python -m benchmarks.faithfulness measure ROWS.jsonl [--every N] [--start M]
     python -m benchmarks.faithfulness report ROWS.jsonl [--out docs/images]
+    python -m benchmarks.faithfulness cost
 
 `measure` takes every N-th prompt of the package with its default roots, finds each root's circuit under
 every rule and threshold of `GRID`, and measures it and both baselines in the real model (METHOD 6, mean
@@ -10,6 +11,7 @@ it went. Also the features with an edge into each root are ablated to zero one a
 beside what the root's pre-activation loses. One line a root; what is there already is not measured again.
 
 `report` prints tables with bootstrap confidence intervals over circuits, and draws the plots.
+`cost` prints the processor time of a prompt with its default circuits, without measuring them and for that.
 """
 
 import json
@@ -25,16 +27,11 @@ import torch
 
 from ingest import faithfulness
 from ingest.attribution import RULES, Attribution, Roots, attribute
-from ingest.faithfulness import (
-    Ablation,
-    Claim,
-    Intervention,
-    ablation,
-    as_features,
-    measure,
-    root_values,
-)
+from ingest.circuits import CircuitRequest, prompt_record
+from ingest.cli import THRESHOLDS
+from ingest.faithfulness import Ablation, Claim, Intervention, ablation, as_features, measure, measured, root_values
 from ingest.model import MINI
+from ingest.prompts import Prompt
 from ingest.replacement import ReplacementModel
 from ingest.roots import Root, from_the_top, parse_root, resolve, root_table
 from ingest.setup import Setup, set_up
@@ -59,13 +56,16 @@ def main() -> None:
 @main.command("measure")
 @click.argument("rows", type=click.Path(path_type=Path))
 @click.option("--every", default=2, show_default=True, help="Take every N-th prompt.")
+@click.option("--start", default=0, show_default=True, help="Beginning with this one.")
 @click.option("--seconds", default=330.0, show_default=True, help="Stop after so long; run again to go on.")
-def measure_command(rows: Path, every: int, seconds: float) -> None:
+def measure_command(rows: Path, every: int, start: int, seconds: float) -> None:
     """Measure what is not in ROWS yet."""
     torch.set_num_threads(1)
     faithfulness.DRAWS = DRAWS
     done = {json.loads(line)["prompt"] for line in rows.read_text().splitlines()} if rows.exists() else set()
-    prompts = [json.loads(line)["prompt"] for line in (MINI.parent / "prompts.jsonl").read_text().splitlines()][::every]
+    prompts = [json.loads(line)["prompt"] for line in (MINI.parent / "prompts.jsonl").read_text().splitlines()][
+        start::every
+    ]
     setup, started = set_up("mini"), time.monotonic()
     mean, zero = ablation(setup, "mean"), ablation(setup, "zero")
     for number, text in enumerate(prompts):
@@ -79,6 +79,11 @@ def measure_command(rows: Path, every: int, seconds: float) -> None:
         with rows.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in found)
     click.echo(f"all {len(prompts)} prompts")
+
+
+def package_prompts() -> list[str]:
+    """The prompts that come with `mini`."""
+    return [json.loads(line)["prompt"] for line in (MINI.parent / "prompts.jsonl").read_text().splitlines()]
 
 
 def measure_prompt(
@@ -196,6 +201,27 @@ def report_command(rows: Path, out: Path) -> None:
     draw(frame, read, out)
 
 
+@main.command("cost")
+def cost_command() -> None:
+    """Processor seconds of every eighth prompt: trace and circuits, and measuring these."""
+    torch.set_num_threads(1)
+    setup = set_up("mini")
+    by, root = ablation(setup, "mean"), parse_root("default", setup.model, setup.dictionaries)
+    seconds: list[tuple[float, float]] = []
+    for text in package_prompts()[::8]:
+        started = time.process_time()
+        replacement = setup.replace(setup.model.tokens(text))
+        request = CircuitRequest("relative", THRESHOLDS["relative"], root)
+        record = prompt_record(Prompt(text, "bench"), "p", setup.model, "r", replacement, [request])
+        traced = time.process_time()
+        measured(setup, replacement, record, by)
+        seconds.append((traced - started, time.process_time() - traced))
+    trace, measuring = np.median(seconds, axis=0)
+    click.echo(
+        f"trace and circuits {trace:.2f} s, measuring them {measuring:.2f} s (medians of {len(seconds)} prompts)"
+    )
+
+
 def interval(values: np.ndarray) -> tuple[float, float, float]:
     """Mean and its 95 % bootstrap interval over circuits."""
     rng = np.random.default_rng(0)
@@ -261,7 +287,7 @@ def draw(frame: pd.DataFrame, read: list[dict[str, Any]], out: Path) -> None:
     for column, (kind, of_kind) in enumerate(frame.groupby("kind")):
         for row, m in enumerate(MEASURES):
             axis = axes[row, column]
-            for color, (rule, part) in zip(("C0", "C1", "C2", "C3"), of_kind.groupby("rule", sort=False), strict=True):
+            for color, (rule, part) in zip(("C0", "C1", "C2", "C3"), of_kind.groupby("rule", sort=False), strict=False):
                 curve(axis, part, m, color, "-", str(rule))
                 curve(axis, part, f"top_{m}", color, "--", "top-N of its sizes" if rule == "relative" else None)
                 curve(axis, part, f"random_{m}", color, ":", "random of its sizes" if rule == "relative" else None)
