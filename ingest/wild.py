@@ -3,10 +3,11 @@
 text -> windows -> one scan (ingest/scan.py) -> the strongest finds -> the sentences around them -> ingestion.
 
 The scan goes over the corpus once; its state is written beside the store every CHECKPOINT seconds, at Ctrl-C and
-at the end, so that the same command goes on where it stopped, and scans nothing twice. Of the best finds
-in SHOWN windows or more, spans and seeds of chains in turn, at most PER_FEATURE a feature and PER_PHRASE a
-phrase are taken. Each is looked for again, exactly, in the sentence around it, or in its window up to the sentence's end where the sentence alone
-does not show it; what both do not show is left out. The feature at each token of the phrase is asked for as a root.
+at the end, so that the same command goes on where it stopped, and scans nothing twice. Of the best finds in SHOWN
+windows or more, spans and seeds of chains in turn, at most PER_FEATURE a feature and PER_PHRASE a phrase are taken.
+Each is looked for again, exactly, in the sentence around it, or in its window up to the sentence's end where the
+sentence alone does not show it; what both do not show is left out. The feature at each token of the phrase is asked
+for as a root.
 With a budget in seconds, three quarters are for the scan.
 """
 
