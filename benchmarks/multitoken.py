@@ -135,13 +135,13 @@ def _look(store: Store, prompt: str, target: str, source: str, layer: int, head:
     pair = store.read(
         "MATCH (s:AttentionScore {id: $id}) MATCH (k:CircuitNode {prompt: s.prompt, position: s.key})-[e:QK]->(q) "
         "WHERE e.layer = s.layer AND e.head = s.head AND q.position = s.query "
-        "RETURN k.name AS key, q.name AS query, e.score AS score, s.score AS total, s.pattern AS pattern "
-        "ORDER BY abs(e.score) DESC LIMIT 1",
+        "RETURN k.name AS key, q.name AS query, e.score AS score, e.lift AS lift, s.pattern AS pattern "
+        "ORDER BY lift DESC, score DESC LIMIT 1",
         id=f"{prompt}/{layer}.{head}/{query}-{key}",
     )
     return [
-        f"L{layer}.H{head} looks there (pattern {_number(r.pattern)}, score {_number(r.total)}) most of all by "
-        f"{r.query} with {r.key} ({_number(r.score)})"
+        f"L{layer}.H{head} looks there (pattern {_number(r.pattern)}) most of all by {r.query} "
+        f"(lift {_number(r.lift)}), with {r.key} (score {_number(r.score)})"
         for r in pair.itertuples(index=False)
     ]
 
