@@ -59,15 +59,18 @@ CALL (pairs) {
   ORDER BY most DESC, a.id, b.id, c.id, r.head, q.head
   LIMIT toInteger($limit)
   // From the nodes of B along their few edges; from those of A as well it would be every node by every node.
-  MATCH (b)<-[:OF]-(v:CircuitNode)<-[e:DIRECT|OV]-(u:CircuitNode)
+  MATCH (:Feature {id: b.id})<-[:OF]-(v:CircuitNode)
+  MATCH (v)<-[e:DIRECT|OV]-(u:CircuitNode)
   WHERE type(e) = r.via AND coalesce(e.head, -1) = coalesce(r.head, -1)
   WITH a, r, b, q, c, v, e, u
-  MATCH (u)-[:OF]->(a)
+  MATCH (u)-[:OF]->(x:Feature)
+  WHERE x.id = a.id
   WITH a, r, b, q, c, v, e
   MATCH (v)-[f:DIRECT|OV]->(w:CircuitNode)
   WHERE type(f) = q.via AND coalesce(f.head, -1) = coalesce(q.head, -1)
   WITH a, r, b, q, c, v, e, f, w
-  MATCH (w)-[:OF]->(c)
+  MATCH (w)-[:OF]->(y:Feature)
+  WHERE y.id = c.id
   WITH a, r, b, q, c, v.prompt AS prompt,
        CASE WHEN v.pre_activation <> 0 AND w.pre_activation <> 0
             THEN e.weight / v.pre_activation * f.weight / w.pre_activation ELSE 0.0 END AS share
