@@ -1,11 +1,14 @@
 """`make bench`: runs every benchmark, each in a process of its own, and writes RESULTS.md beside this file.
 
+    python -m benchmarks.run [MODULE...]      only these; the other sections of RESULTS.md stay as they are
+
 All comparisons are ratios taken within one run. Seconds are those of the machine named in the table.
 """
 
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -22,15 +25,22 @@ BENCHES = [
 ]
 
 
-def main() -> None:
-    """Run all and write the tables."""
+def main(only: list[str]) -> None:
+    """Run all, or some, and write the tables."""
+    earlier = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", _text(HERE / "RESULTS.md"), re.MULTILINE | re.DOTALL))
     parts = [f"# Benchmarks\n\nWritten by `make bench`. {machine()}\n"]
     for title, module, arguments in BENCHES:
-        rows = [run(module, argument) for argument in arguments]
-        doc = HERE.joinpath(f"{module}.py").read_text(encoding="utf-8").split('"""')[1].strip()
-        parts.append(f"## {title}\n\n{doc}\n\n{table(rows)}\n")
+        body = earlier.get(title, "\nNot run yet.\n") if only and module not in only else section(module, arguments)
+        parts.append(f"## {title}\n{body.rstrip()}\n")
     (HERE / "RESULTS.md").write_text("\n".join(parts), encoding="utf-8")
     print((HERE / "RESULTS.md").read_text(encoding="utf-8"))
+
+
+def section(module: str, arguments: list[str]) -> str:
+    """What a benchmark says of itself, and its table."""
+    rows = [run(module, argument) for argument in arguments]
+    doc = HERE.joinpath(f"{module}.py").read_text(encoding="utf-8").split('"""')[1].strip()
+    return f"\n{doc}\n\n{table(rows)}"
 
 
 def run(module: str, argument: str) -> dict[str, object]:
@@ -64,8 +74,12 @@ def machine() -> str:
 
 
 def _lines(path: str) -> list[str]:
-    return Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []
+    return _text(Path(path)).splitlines()
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -58,6 +58,7 @@ class Sweep:
     leaves: dict[Key, tuple[Float[torch.Tensor, "root pos"], Bool[torch.Tensor, "root pos"]]]
 
 
+@torch.inference_mode()
 def prompt_record(
     prompt: Prompt,
     prompt_id: str,
@@ -70,9 +71,9 @@ def prompt_record(
     sweeps = _sweeps(requests, replacement)
     logits = list(dict.fromkeys(root for sweep in sweeps for root in sweep.roots if root.site == "logit"))
     groups = _groups(sweeps, replacement)
-    at = score_nodes(replacement, replacement.n_layers)
-    look_share = requests[0].look_share or LOOK_SHARE
-    parts = score_parts(replacement, at, looks(groups, replacement, look_share))
+    looked = looks(groups, replacement, requests[0].look_share or LOOK_SHARE)
+    at = score_nodes(replacement, 1 + max(looked[:, 0].tolist(), default=0))
+    parts = score_parts(replacement, at, looked)
     nodes = Nodes(prompt_id, model, replacement, groups, only_for_scores(groups, at, parts), logits)
     direct, ov, unstored = linear_edges(nodes)
     scores, qk = qk_edges(nodes, at, parts)
