@@ -1,6 +1,6 @@
 """The tables of docs/multitoken.md, from a store that `atlas wild` and `atlas multitoken` filled.
 
-    python -m benchmarks.multitoken --store atlas-store
+    python -m benchmarks.multitoken --store atlas-store [--plot docs/images/multitoken.png]
 
 The path of a circuit is the strongest one from a later root back to an activation at an earlier token of the
 span, along stored edges between the circuit's nodes: the largest product of weight / pre-activation.
@@ -164,12 +164,41 @@ def _count(value: float | None) -> str:
     return "0" if value is None or pd.isna(value) else str(int(value))
 
 
+def plot(store: Store, file: str) -> None:
+    """Every candidate: its crossing_weight against its null, and what its ablation takes against the random one's."""
+    import matplotlib.pyplot as plt
+
+    found = store.read(
+        "MATCH (m:MultiToken) RETURN m.form AS form, m.crossing_weight AS weight, m.null_mean AS null, "
+        "m.null_sd AS sd, m.lost AS lost, m.lost_random AS random"
+    )
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2))
+    for form, color in (("span", "tab:blue"), ("chain", "tab:orange")):
+        of = found[found["form"] == form].drop(columns="form").astype(float)
+        style = {"fmt": "o", "ms": 4, "alpha": 0.6, "color": color, "elinewidth": 0.5}
+        left.errorbar(of["null"], of["weight"], xerr=of["sd"], label=f"{form}s ({len(of)})", **style)
+        right.scatter(of["random"], of["lost"], s=16, alpha=0.6, color=color, label=f"{form}s")
+    for axis, x, y in (
+        (left, "null: other features on the same tokens (bars: sd)", "crossing_weight"),
+        (right, "as many other features of that token", "lost without the first token's own"),
+    ):
+        axis.axline((0, 0), slope=1, color="gray", linewidth=0.8)
+        axis.set_xlabel(x)
+        axis.set_ylabel(y)
+        axis.legend(loc="lower right")
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+
+
 @click.command()
 @store_option
-def main(store: str | None) -> None:
+@click.option("--plot", "file", metavar="FILE", help="Also draw all candidates into a PNG.")
+def main(store: str | None, file: str | None) -> None:
     """Print the tables as Markdown."""
     with atlas.connect(store, create=False) as opened:
         click.echo(survivors(opened) + "\n\n" + best(opened))
+        if file:
+            plot(opened, file)
 
 
 if __name__ == "__main__":
