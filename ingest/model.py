@@ -117,14 +117,19 @@ def processing(weights: str) -> str:
     return ",".join(step for step in STEPS if step in CONVENTIONS[weights] | {"fold_ln"})
 
 
+def check_name(name: str) -> None:
+    """Raises AtlasError where `name` is neither `mini` nor a directory, and can be no repository of the hub."""
+    if name != "mini" and not Path(name).is_dir() and not re.fullmatch(r"([\w.-]+/)?[\w.-]+(@[\w.-]+)?", name):
+        raise AtlasError(f"No model {name!r}: there is no such directory, and no repository of the hub is called so.")
+
+
 def _locate(name: str) -> tuple[Path, str, str]:
     """(directory, id, revision) of a model; downloads what is on the hub and not in its cache."""
     directory = MINI if name == "mini" else Path(name)
     if directory.is_dir():
         id = "mini" if name == "mini" else directory.resolve().name
         return directory, id, sha256(directory / WEIGHTS) if (directory / WEIGHTS).is_file() else ""
-    if not re.fullmatch(r"([\w.-]+/)?[\w.-]+(@[\w.-]+)?", name):
-        raise AtlasError(f"No model {name!r}: there is no such directory, and no repository of the hub is called so.")
+    check_name(name)
     model = published_model(name)
     files = (*FILES, "tokenizer_config.json")
     paths = fetch(model.repository, model.revision, files, {WEIGHTS: model.sha256})

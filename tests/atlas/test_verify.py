@@ -66,8 +66,11 @@ PLANTED = [
     ("scores", "MATCH ()-[e:QK]->() WITH e LIMIT 1 SET e.score = e.score + 0.01"),
     ("scores", "MATCH (a:AttentionScore) WITH a LIMIT 1 REMOVE a.unstored"),
     ("scores", "MATCH ()-[e:QK]->() WITH e LIMIT 1 SET e.head = 7"),
-    ("circuits", "MATCH (:Circuit)-[e:ROOT]->() WITH e LIMIT 1 DELETE e"),
-    ("circuits", "MATCH (c:Circuit)-[:INCLUDES]->(n:Embedding) WITH c, n LIMIT 1 CREATE (c)-[:ROOT]->(n)"),
+    ("circuits", "MATCH (c:Circuit)-[e:ROOT]->() WHERE NOT c:MultiToken WITH e LIMIT 1 DELETE e"),
+    (
+        "circuits",
+        "MATCH (c:Circuit)-[:INCLUDES]->(n:Embedding) WHERE NOT c:MultiToken WITH c, n LIMIT 1 CREATE (c)-[:ROOT]->(n)",
+    ),
     ("circuits", "MATCH (c:Circuit)-[e:INCLUDES]->(n) WITH c, n LIMIT 1 CREATE (c)-[:INCLUDES]->(n)"),
     ("circuits", "MATCH (:Prompt)-[e:HAS_CIRCUIT]->(c) WHERE NOT c:MultiToken WITH e LIMIT 1 DELETE e"),
     ("circuits", "MATCH (c:Circuit) WITH c LIMIT 1 SET c.n_nodes = c.n_nodes + 1"),
