@@ -19,7 +19,7 @@ demo: $(READY)
 	$(BIN)/atlas show aae91c729bed3a03/14/2/mlp/1824 --depth 2 --top 4
 
 test: lint
-	$(BIN)/pytest -m "not soak"
+	$(BIN)/pytest -m "not soak" -n 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import neo4j
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 POM = ROOT / "tests" / "neo4j" / "pom.xml"
@@ -113,13 +114,14 @@ def _from_jars(fill: Callable[[Path], None] | None = None) -> Iterator[Neo4jServ
 
 
 def _jars() -> Path:
-    """The folder of the server's jars, fetched when the pom changed."""
+    """The folder of the server's jars, fetched when the pom changed, by one process while others wait."""
     stamp = CACHE / f"complete-{hashlib.sha256(POM.read_bytes()).hexdigest()[:12]}"
-    if not stamp.exists():
-        shutil.rmtree(CACHE, ignore_errors=True)
-        goal = ["dependency:copy-dependencies", "-DincludeScope=runtime", f"-DoutputDirectory={CACHE / 'lib'}"]
-        subprocess.run(["mvn", "-q", "-B", "-f", str(POM), *goal], check=True)
-        stamp.touch()
+    with FileLock(f"{CACHE}.lock"):
+        if not stamp.exists():
+            shutil.rmtree(CACHE, ignore_errors=True)
+            goal = ["dependency:copy-dependencies", "-DincludeScope=runtime", f"-DoutputDirectory={CACHE / 'lib'}"]
+            subprocess.run(["mvn", "-q", "-B", "-f", str(POM), *goal], check=True)
+            stamp.touch()
     return CACHE / "lib"
 
 
