@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from atlas.cli import store_option
 from atlas.errors import AtlasError
 from atlas.quality import faults
+from ingest.progress import progress_bar
 from ingest.registry import parse_layers
 
 if TYPE_CHECKING:
@@ -205,16 +206,7 @@ class _Display:
     """A progress bar in a terminal, nothing in a pipe, and a summary in either."""
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True)
-        self._bar = Progress(
-            TextColumn("[progress.description]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rates]}"),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not self._console.is_terminal,
-        )
+        self._bar = progress_bar()
         self._task = self._bar.add_task("Loading the model", total=None, rates="")
         self._summary: Summary | None = None
         self._address = ""

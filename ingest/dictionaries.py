@@ -9,6 +9,8 @@ x_hat std x + mean x. What cfg.json does not say of a published dictionary, its 
 
 import hashlib
 import json
+import os
+import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -144,6 +146,16 @@ def layer_of(folder: Path) -> int:
     config = _config(folder)
     metadata = config.get("metadata") or config
     return _site(str(metadata.get("hook_name") or metadata.get("hook_point") or ""), folder)[0]
+
+
+def write_beside(file: Path, content: bytes) -> None:
+    """Write a file into a dictionary's folder, whole or not at all. Raises AtlasError where it cannot be written."""
+    try:
+        with tempfile.TemporaryDirectory(dir=file.parent, prefix=".part-") as part:
+            (Path(part) / file.name).write_bytes(content)
+            os.replace(Path(part) / file.name, file)
+    except OSError as error:
+        raise AtlasError(f"{file} cannot be written: {error.strerror or error}.") from error
 
 
 def load_dictionaries(

@@ -34,6 +34,7 @@ from atlas.errors import AtlasError
 from atlas.records import PromptRecord, SharesRecord
 from ingest.attribution import attribute
 from ingest.dictionaries import Dictionary
+from ingest.edges import depth_of
 from ingest.means import activations
 from ingest.replacement import ReplacementModel
 from ingest.roots import Root, from_the_top, root_table
@@ -213,7 +214,7 @@ class _Batch:
         """The roots' values."""
         hooks: list[tuple[str, Callable[..., Any]]] = []
         for site, dictionary in enumerate(self.setup.dictionaries):
-            if dictionary.record.d_sae and depth(dictionary) < _root_depth(self.root):
+            if dictionary.record.d_sae and _depth(dictionary) < depth_of(self.root.layer, self.root.site):
                 hooks += self._hooks(site, dictionary)
         hooks.append((self._reading_hook(), self._read))
         with contextlib.suppress(_Read):
@@ -248,7 +249,7 @@ class _Batch:
         some = self.outside[:, None].repeat(1, self.tokens.shape[1])
         some[self.variant[mine], self.features[mine, 1]] = True
         layer = self.setup.dictionaries[site].record.layer
-        top = min(_root_depth(self.root) // 2, self.setup.model.record.n_layers - 1)
+        top = min(self.root.layer, self.setup.model.record.n_layers - 1)
         return some & _within(torch.arange(some.shape[1]), self.position[:, None], torch.tensor(layer < top))
 
     def _change(
@@ -298,13 +299,8 @@ class _Batch:
         return (x * weights.W_U.T[token]).sum(1) + weights.b_U[token]
 
 
-def depth(dictionary: Dictionary) -> int:
-    """A site's place in the order of writes: attention and MLP of each layer in turn."""
-    return 2 * dictionary.record.layer + (dictionary.record.site == "mlp")
-
-
-def _root_depth(root: Root) -> int:
-    return 2 * root.layer + (root.site == "mlp")
+def _depth(dictionary: Dictionary) -> int:
+    return depth_of(dictionary.record.layer, dictionary.record.site)
 
 
 def _at_its_layer(setup: Setup, root: Root) -> Root:
@@ -322,9 +318,9 @@ def _reaches(setup: Setup, features: Features, root: Root) -> Bool[torch.Tensor,
     """Which features can change the root."""
     site, position, _ = features.T
     layers = torch.tensor([dictionary.record.layer for dictionary in setup.dictionaries])[site]
-    depths = torch.tensor([depth(dictionary) for dictionary in setup.dictionaries])[site]
+    depths = torch.tensor([_depth(dictionary) for dictionary in setup.dictionaries])[site]
     top = min(root.layer, setup.model.record.n_layers - 1)
-    return _within(position, torch.tensor(root.position), layers < top) & (depths < _root_depth(root))
+    return _within(position, torch.tensor(root.position), layers < top) & (depths < depth_of(root.layer, root.site))
 
 
 def _active(setup: Setup, replacement: ReplacementModel) -> Features:
@@ -343,8 +339,7 @@ def _direct(
     ordered = from_the_top(dict.fromkeys(roots))
     table = root_table(ordered, replacement)
     found = attribute(replacement, table, lambda attr, _: attr != 0)
-    sites = [d.record for d in setup.dictionaries]
-    feature = torch.cat([(found.mlp if d.site == "mlp" else found.attn)[d.layer].feature for d in sites], 1)
+    feature = torch.cat([found.site(d.record.layer, d.record.site).feature for d in setup.dictionaries], 1)
     place = [ordered.index(root) for root in roots]
     return table.value[place], feature[place]
 

@@ -8,8 +8,6 @@ The means lie beside the dictionary's weights as `means.safetensors`, with the w
 are never used with others, and with the names of the files that were read.
 """
 
-import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +17,7 @@ from jaxtyping import Float, Int
 from safetensors.torch import save
 
 from atlas.errors import AtlasError, cause
-from ingest.dictionaries import MEANS, Dictionary, load_dictionary
+from ingest.dictionaries import MEANS, Dictionary, load_dictionary, write_beside
 from ingest.mini.corpus import Corpus, text_files
 from ingest.model import LanguageModel
 from ingest.setup import load_with_places
@@ -83,12 +81,7 @@ def write_means(
 ) -> None:
     """Put the means into the dictionary's folder in single precision, whole or not at all."""
     metadata = {"sha256": dictionary.record.sha256, **source}
-    try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as part:
-            (Path(part) / MEANS).write_bytes(save({"mean": mean.float().contiguous()}, metadata))
-            os.replace(Path(part) / MEANS, folder / MEANS)
-    except OSError as error:
-        raise AtlasError(f"{folder / MEANS} cannot be written: {error.strerror or error}.") from error
+    write_beside(folder / MEANS, save({"mean": mean.float().contiguous()}, metadata))
 
 
 def measure_means(

@@ -11,8 +11,6 @@ and every later ingestion stores them on its Dictionary.
 """
 
 import json
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +20,7 @@ import torch
 from jaxtyping import Float, Int
 
 from atlas.errors import AtlasError
-from ingest.dictionaries import QUALITY, Dictionary
+from ingest.dictionaries import QUALITY, Dictionary, write_beside
 from ingest.model import LanguageModel
 
 WINDOW = 128  # tokens, BOS among them: the context that most dictionaries were trained with
@@ -82,12 +80,7 @@ def measure(
 def write_quality(folder: Path, dictionary: Dictionary, quality: Quality, measured_on: str) -> None:
     """Put the figures into the dictionary's folder, whole or not at all."""
     values = {"sha256": dictionary.record.sha256, "measured_on": measured_on, **asdict(quality)}
-    try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as part:
-            (Path(part) / QUALITY).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-            os.replace(Path(part) / QUALITY, folder / QUALITY)
-    except OSError as error:
-        raise AtlasError(f"{folder / QUALITY} cannot be written: {error.strerror or error}.") from error
+    write_beside(folder / QUALITY, (json.dumps(values, indent=1) + "\n").encode())
 
 
 @dataclass

@@ -111,22 +111,19 @@ def scan(
 def picks(scanner: Scanner, counted: Counted, length: int) -> Iterator[Pick]:
     """The best finds, spans and seeds in turn, while no feature and no phrase has had its share."""
     finds, frequency = counted.finds, counted.frequency
-    order = finds.scores(frequency).argsort(kind="stable")[::-1]
+    score = finds.scores(frequency)
+    order = score.argsort(kind="stable")[::-1]
     order = order[finds.columns["windows"][order] >= SHOWN]
     lengths = finds.columns["length"][order]
     spans, seeds = order[lengths >= length], order[lengths == 1]
     turns = [order[:0]] if not len(finds) else [spans, seeds]
-    score = finds.scores(frequency)
     times: dict[str, int] = {}
     for rank in range(max(map(len, turns))):
         for rows in turns:
             if rank < len(rows):
                 pick = _pick(scanner, counted, finds, int(rows[rank]), float(score[rows[rank]]))
-                phrase = (
-                    scanner.setup.model.text(pick.tokens[pick.start - pick.before : pick.start + pick.length])
-                    .strip()
-                    .lower()
-                )
+                words = pick.tokens[pick.start - pick.before : pick.start + pick.length]
+                phrase = scanner.setup.model.text(words).strip().lower()
                 if times.get(pick.name, 0) < PER_FEATURE and times.get(phrase, 0) < PER_PHRASE:
                     times[pick.name] = times.get(pick.name, 0) + 1
                     times[phrase] = times.get(phrase, 0) + 1
