@@ -42,7 +42,7 @@ GRID = {
     "top_mass": (0.35, 0.7),
     "paper": (0.05, 0.2, 0.5),
 }
-DRAWS = 2  # random sets a circuit; many circuits make up for few draws
+DRAWS = 5
 EDGE_SHARE = 0.02
 RESAMPLES = 2000
 MEASURES = ("faithfulness", "necessity")
@@ -211,7 +211,7 @@ def cost_command() -> None:
     for text in package_prompts()[::8]:
         started = time.process_time()
         replacement = setup.replace(setup.model.tokens(text))
-        request = CircuitRequest("relative", THRESHOLDS["relative"], root)
+        request = CircuitRequest("support", THRESHOLDS["support"], root)
         record = prompt_record(Prompt(text, "bench"), "p", setup.model, "r", replacement, [request])
         traced = time.process_time()
         measured(setup, replacement, record, by)

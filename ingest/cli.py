@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ingest.job import Summary
     from ingest.setup import Setup
 
-THRESHOLDS = {"support": 0.02, "relative": 0.02, "top_mass": 0.5, "paper": 0.1}
+THRESHOLDS = {"support": 0.01, "relative": 0.02, "top_mass": 0.5, "paper": 0.1}
 
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -31,7 +31,7 @@ from ingest.roots import Root
 from ingest.setup import Setup
 
 NEAR = 8.0
-N_DRAWS = 199  # null draws where several later roots can be combined
+N_DRAWS = 999  # null draws where several later roots can be combined
 N_SHUFFLES = 5
 
 

@@ -11,7 +11,7 @@ from atlas.errors import AtlasError
 from atlas.verify import verify
 from ingest.ablation import ablate_first_token
 from ingest.attribution import RULES, attribute
-from ingest.crossing import flow, measure
+from ingest.crossing import N_DRAWS, flow, measure
 from ingest.job import circuit_requests, prepare_tasks, run
 from ingest.multitoken import best_spans, chains, false_discovery_rates, find
 from ingest.prompts import Prompt
@@ -115,7 +115,7 @@ def test_crossing_weight_and_its_nulls(exact):
     ]
     expected = {round((a[1] + b[1]) / (a[0] + b[0]), 9) for a in others[0] for b in others[1]}
     assert set(found.null.round(9).tolist()) <= expected
-    assert len(found.null) == min(199, len(others[0]) * len(others[1]))
+    assert len(found.null) == min(N_DRAWS, len(others[0]) * len(others[1]))
     assert found.p_value == (1 + sum(null >= found.weight for null in found.null)) / (1 + len(found.null))
     tokens = replacement.trace.tokens.tolist()
     orders = []
