@@ -9,14 +9,12 @@ whose last edge goes is deleted. `rebuild` makes all of them anew, for a store t
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, LiteralString, NamedTuple, TypeAlias
+from typing import Any, LiteralString, NamedTuple, TypeAlias
 
 import neo4j
 
 from atlas.records import NodeRecord, PromptRecord
-
-if TYPE_CHECKING:
-    from atlas.store import Store
+from atlas.store import Store
 
 ROWS_PER_STATEMENT = 10_000
 
@@ -120,7 +118,7 @@ def change(transaction: neo4j.ManagedTransaction, removed: Totals, added: Totals
             transaction.run(_DELETE_EMPTY, {"rows": less}).consume()
 
 
-def rebuild(store: "Store") -> None:
+def rebuild(store: Store) -> None:
     """Delete every FEEDS and make them anew from the edges, a prompt at a time."""
     delete: LiteralString = "MATCH ()-[r:FEEDS]->() WITH r LIMIT $most DELETE r RETURN count(*) AS n"
     while store.write(lambda transaction: transaction.run(delete, most=ROWS_PER_STATEMENT).single(strict=True)["n"]):

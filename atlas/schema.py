@@ -5,16 +5,13 @@ belongs to a prompt has an index on `prompt`. The version stands in the database
 (:Schema {id: 'atlas', version}), so that a program never touches a database of a newer one.
 """
 
-from typing import TYPE_CHECKING, LiteralString
+from typing import LiteralString
 
 import neo4j
 
 from atlas import feeds
-from atlas.errors import AtlasError
 from atlas.records import SCHEMA_VERSION
-
-if TYPE_CHECKING:
-    from atlas.store import Store
+from atlas.store import Store, check_version
 
 KEY_LABELS: tuple[LiteralString, ...] = (
     "Schema",
@@ -33,7 +30,7 @@ KEY_LABELS: tuple[LiteralString, ...] = (
 PROMPT_LABELS: tuple[LiteralString, ...] = ("Token", "Span", "CircuitNode", "AttentionScore", "Circuit")
 
 
-def prepare(store: "Store") -> None:
+def prepare(store: Store) -> None:
     """Create constraints and indexes and record the version, unless this version did so already.
 
     A store of version 1 has no FEEDS yet, and gets them from its edges.
@@ -45,23 +42,6 @@ def prepare(store: "Store") -> None:
     if version == 1:
         feeds.rebuild(store)
     store.write(_record_version)
-
-
-def check_version(store: "Store") -> int | None:
-    """The version that the database records; None where nothing was prepared yet.
-
-    Raises AtlasError if a newer program wrote the database.
-    """
-    found = store.read("MATCH (s:Schema {id: 'atlas'}) RETURN s.version AS version")["version"]
-    if found.empty:
-        return None
-    version = int(found.iloc[0])
-    if version > SCHEMA_VERSION:
-        raise AtlasError(
-            f"The database at {store.address} has schema {version}, and this program knows up to "
-            f"{SCHEMA_VERSION}; update circuit-atlas, or use another store."
-        )
-    return version
 
 
 def _create_schema(transaction: neo4j.ManagedTransaction) -> None:

@@ -30,7 +30,7 @@ from neo4j.graph import Path as GraphPath
 from atlas import embedded
 from atlas.columns import returned_columns
 from atlas.errors import AtlasError
-from atlas.schema import check_version
+from atlas.records import SCHEMA_VERSION
 
 DEFAULT_FOLDER = "atlas-store"
 SCHEMES = ("bolt", "bolt+s", "bolt+ssc", "neo4j", "neo4j+s", "neo4j+ssc")
@@ -59,6 +59,23 @@ def connect(where: str | Path | None = None, *, create: bool = True) -> "Store":
         store.close()
         raise
     return store
+
+
+def check_version(store: "Store") -> int | None:
+    """The version of the schema that the database records; None where nothing was prepared yet.
+
+    Raises AtlasError if a newer program wrote the database.
+    """
+    found = store.read("MATCH (s:Schema {id: 'atlas'}) RETURN s.version AS version")["version"]
+    if found.empty:
+        return None
+    version = int(found.iloc[0])
+    if version > SCHEMA_VERSION:
+        raise AtlasError(
+            f"The database at {store.address} has schema {version}, and this program knows up to "
+            f"{SCHEMA_VERSION}; update circuit-atlas, or use another store."
+        )
+    return version
 
 
 class Store:

@@ -5,15 +5,14 @@ head that it runs through, and `rank` counts from 1 among the wires into B of th
 """
 
 from collections.abc import Sequence
-from typing import Any, LiteralString, NamedTuple
+from typing import LiteralString, NamedTuple
 
 import neo4j
 
 from atlas.errors import AtlasError
+from atlas.features import ROWS_PER_STATEMENT, make_missing
 from atlas.records import DictionaryRecord
 from atlas.store import Store
-
-ROWS_PER_STATEMENT = 10_000
 
 
 class Wire(NamedTuple):
@@ -38,11 +37,9 @@ def write_dictionaries(store: Store, dictionaries: Sequence[DictionaryRecord]) -
             ).consume()
         )
         for start in range(0, dictionary.d_sae, ROWS_PER_STATEMENT):
-            rows = [
-                {"id": f"{dictionary.id}/{i}", "index": i, "dictionary": dictionary.id}
-                for i in range(start, min(start + ROWS_PER_STATEMENT, dictionary.d_sae))
-            ]
-            store.write(lambda transaction, rows=rows: _create_missing_features(transaction, rows))
+            indices = range(start, min(start + ROWS_PER_STATEMENT, dictionary.d_sae))
+            features = [(dictionary.id, index) for index in indices]
+            store.write(lambda transaction, features=features: make_missing(transaction, features))
 
 
 def write_wires(
@@ -78,15 +75,3 @@ MATCH (b:Feature {id: row.target})
 CREATE (a)-[:VIRTUAL_WEIGHT {via: row.via, layer: row.layer, head: row.head, weight: row.weight, rank: row.rank}]->(b)
 RETURN count(*) AS n
 """
-
-
-def _create_missing_features(transaction: neo4j.ManagedTransaction, rows: list[dict[str, Any]]) -> None:
-    found = transaction.run(
-        "UNWIND $ids AS id MATCH (f:Feature {id: id})-[:IN]->() RETURN f.id AS id", ids=[row["id"] for row in rows]
-    )
-    known = {record["id"] for record in found}
-    transaction.run(
-        "UNWIND $rows AS row MATCH (d:Dictionary {id: row.dictionary}) MERGE (f:Feature {id: row.id}) "
-        "SET f.layer = d.layer, f.site = d.site, f.index = row.index MERGE (f)-[:IN]->(d)",
-        rows=[row for row in rows if row["id"] not in known],
-    ).consume()

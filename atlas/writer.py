@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from atlas import feeds, multitoken
 from atlas.errors import AtlasError
+from atlas.features import make_missing
 from atlas.records import DictionaryRecord, Kind, NodeRecord, PromptRecord, ReplacementModelRecord, RunRecord
 from atlas.schema import PROMPT_LABELS
 from atlas.store import Store
@@ -209,14 +210,7 @@ def _write_text(transaction: neo4j.ManagedTransaction, prompt: PromptRecord, run
 def _write_features(transaction: neo4j.ManagedTransaction, prompt: PromptRecord) -> None:
     used = {(f.dictionary, f.index) for f in prompt.firings}
     used |= {(n.dictionary, n.index) for n in prompt.nodes if n.dictionary is not None and n.index is not None}
-    rows: list[Row] = [{"id": f"{d}/{index}", "dictionary": d, "index": index} for d, index in sorted(used)]
-    known = _known_features(transaction, [row["id"] for row in rows])
-    _create(
-        transaction,
-        "MATCH (d:Dictionary {id: row.dictionary}) MERGE (f:Feature {id: row.id}) "
-        "SET f.layer = d.layer, f.site = d.site, f.index = row.index MERGE (f)-[:IN]->(d)",
-        [row for row in rows if row["id"] not in known],
-    )
+    make_missing(transaction, sorted(used))
     _create(
         transaction,
         "MATCH (f:Feature {id: row.feature}) MATCH (p:Prompt {id: row.prompt}) "
@@ -254,11 +248,6 @@ def _write_spans(transaction: neo4j.ManagedTransaction, prompt: PromptRecord) ->
             for s in prompt.spans
         ],
     )
-
-
-def _known_features(transaction: neo4j.ManagedTransaction, ids: list[str]) -> set[str]:
-    result = transaction.run("UNWIND $ids AS id MATCH (f:Feature {id: id}) RETURN f.id AS id", {"ids": ids})
-    return {record["id"] for record in result}
 
 
 def _write_nodes(transaction: neo4j.ManagedTransaction, prompt: PromptRecord) -> None:

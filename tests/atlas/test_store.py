@@ -6,8 +6,8 @@ import pytest
 
 from atlas import AtlasError, connect
 from atlas.records import SCHEMA_VERSION
-from atlas.schema import check_version, prepare
-from atlas.store import Store
+from atlas.schema import prepare
+from atlas.store import Store, check_version
 from tests.neo4j_server import Neo4jServer
 
 

@@ -1,0 +1,35 @@
+"""Features in the graph: made when something first names them, each IN its dictionary; they stay when a prompt goes."""
+
+from collections.abc import Sequence
+from typing import LiteralString
+
+import neo4j
+
+from atlas.errors import AtlasError
+
+ROWS_PER_STATEMENT = 10_000
+
+_KNOWN: LiteralString = "UNWIND $ids AS id MATCH (f:Feature {id: id}) RETURN f.id AS id"
+_MAKE: LiteralString = """
+UNWIND $rows AS row
+MATCH (d:Dictionary {id: row.dictionary})
+MERGE (f:Feature {id: row.id})
+SET f.layer = d.layer, f.site = d.site, f.index = row.index
+MERGE (f)-[:IN]->(d)
+RETURN count(*) AS n
+"""
+
+
+def make_missing(transaction: neo4j.ManagedTransaction, features: Sequence[tuple[str, int]]) -> None:
+    """Make those of the `features`, each given once by its dictionary's id and its index, that are not there yet.
+
+    Raises AtlasError if one of them needs a dictionary that is not in the store.
+    """
+    for start in range(0, len(features), ROWS_PER_STATEMENT):
+        batch = features[start : start + ROWS_PER_STATEMENT]
+        rows = [{"id": f"{d}/{index}", "dictionary": d, "index": index} for d, index in batch]
+        known = {record["id"] for record in transaction.run(_KNOWN, {"ids": [row["id"] for row in rows]})}
+        missing = [row for row in rows if row["id"] not in known]
+        made = transaction.run(_MAKE, {"rows": missing}).single(strict=True)["n"]
+        if made != len(missing):
+            raise AtlasError(f"{len(missing) - made} features are of dictionaries that are not in the store.")
