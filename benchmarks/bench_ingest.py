@@ -24,7 +24,7 @@ from atlas.records import DictionaryRecord, PromptRecord, ReplacementModelRecord
 from ingest.circuits import CircuitRequest, prompt_record
 from ingest.cli import THRESHOLDS
 from ingest.dictionaries import Dictionary
-from ingest.model import MINI, LanguageModel, load_model
+from ingest.model import MINI, load_model
 from ingest.prompts import Prompt
 from ingest.roots import parse_root
 from ingest.setup import Setup, set_up
@@ -113,7 +113,7 @@ def gpt2_shaped() -> Setup:
     generator = torch.Generator().manual_seed(1)
     probe = trace(model, [0, *torch.randint(0, 50_000, (N_TOKENS - 1,), generator=generator).tolist()])
     dictionaries = [
-        random_dictionary(model, layer, site, x)
+        random_dictionary(model.record.id, layer, site, x)
         for layer in range(12)
         for site, x in (("attn", probe.z[layer].flatten(1)), ("mlp", probe.mlp_in[layer]))
     ]
@@ -121,14 +121,14 @@ def gpt2_shaped() -> Setup:
     return Setup(model, dictionaries, record)
 
 
-def random_dictionary(model: LanguageModel, layer: int, site: str, x: torch.Tensor) -> Dictionary:
+def random_dictionary(model: str, layer: int, site: str, x: torch.Tensor) -> Dictionary:
     """Random weights, with encoder biases that let about L0 features fire on a token of `x`."""
     d = x.shape[1]
-    W_enc = torch.randn(D_SAE, d).div_(d**0.5).T
+    W_enc = torch.randn(d, D_SAE).div_(d**0.5)
     p = x[1:] @ W_enc
     bias = -p.flatten().kthvalue(int(p.numel() * (1 - L0 / D_SAE))).values
     record = DictionaryRecord(
-        id=f"{model.record.id}/{layer}/{site}",
+        id=f"{model}/{layer}/{site}",
         layer=layer,
         site=site,
         kind="sae" if site == "attn" else "transcoder",

@@ -109,7 +109,8 @@ def _bare(store: Store, prompt: PromptRecord, statements: list[Statement]) -> No
 
 
 @contextlib.contextmanager
-def _opened(engine: str) -> Iterator[Store]:
+def opened(engine: str) -> Iterator[Store]:
+    """An empty store on an engine."""
     with contextlib.ExitStack() as stack:
         if engine == "neo4j":
             server = stack.enter_context(neo4j_server.running())
@@ -122,7 +123,7 @@ def _opened(engine: str) -> Iterator[Store]:
 
 def main(engine: str, n_prompts: int = 10) -> None:
     """Measure one engine and print what was found."""
-    with _opened(engine) as store:
+    with opened(engine) as store:
         ours, bare, rows = measure(store, n_prompts)
     found = {
         "engine": engine,

@@ -18,9 +18,10 @@ from pathlib import Path
 HERE = Path(__file__).parent
 BENCHES = [
     ("A prompt before the database", "bench_ingest", ["mini", "gpt2"]),
+    ("Encoding beside its matrix products", "bench_encode", ["64", "512"]),
     ("Loading GPT-2 small's dictionaries", "bench_load", ["gpt2"]),
     ("Writing", "bench_write", ["embedded", "neo4j"]),
-    ("Labels", "bench_labels", ["300000"]),
+    ("Labels", "bench_labels", ["embedded", "neo4j"]),
     ("Questions", "bench_queries", ["embedded", "neo4j"]),
 ]
 

@@ -265,9 +265,10 @@ def _hand_on(site: Site, gradient: Float[torch.Tensor, "begun active"], rows: Ro
     """sum_i gradient_i enc_i at every row, over the features that have a gradient."""
     root, i = gradient.nonzero(as_tuple=True)
     bags = torch.bincount(rows.start[root] + site.position[i], minlength=len(rows.root))
+    index, place = site.index[i].unique(return_inverse=True)
     return functional.embedding_bag(
-        site.index[i],
-        site.dictionary.W_enc.T,
+        place,
+        site.dictionary.encoder(index),
         bags.cumsum(0) - bags,
         mode="sum",
         per_sample_weights=gradient[root, i],

@@ -112,6 +112,8 @@ def _text(values: dict[str, Any], name: str) -> str:
 
 def _check_weights(file: Path, weights: "dict[str, torch.Tensor]", names: Sequence[str]) -> tuple[int, int]:
     """(d_in, d_sae); the tensors must be those called for, belong together and be finite."""
+    from ingest.model import finite
+
     if set(weights) != set(names):
         raise AtlasError(f"{file} does not hold exactly the tensors {', '.join(names)}.")
     shapes = {name: tuple(value.shape) for name, value in weights.items()}
@@ -121,7 +123,7 @@ def _check_weights(file: Path, weights: "dict[str, torch.Tensor]", names: Sequen
     for name in names:
         if shapes[name] != expected[name]:
             raise AtlasError(f"{file} has {name} of shape {shapes[name]}, which does not fit W_enc {shapes['W_enc']}.")
-        if not weights[name].isfinite().all():
+        if not finite(weights[name]):
             raise AtlasError(f"{file} has NaN or infinite values in {name}; it is damaged.")
     return d_in, d_sae
 

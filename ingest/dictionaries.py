@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from atlas.errors import AtlasError, cause
 from atlas.records import DictionaryRecord
 from ingest.hub import sha256
-from ingest.model import LanguageModel, processing
+from ingest.model import LanguageModel, finite, processing
 from ingest.registry import CONVENTIONS, convention, neuronpedia_source
 
 ACTIVATIONS = {
@@ -62,10 +62,11 @@ class Place:
 class Dictionary:
     """One dictionary in the common form.
 
-    `W_enc` is kept column-major, so that the encoder rows of single features are contiguous.
-    `b_in` is b_dec where the SAE subtracts it from its input, else zero. `k` is TopK's, `threshold`
-    JumpReLU's; the other is None. `mean` is the mean activation of every feature over a corpus, and None
-    where it was not measured (ingest/means.py). `layer_norm` says that it normalises its input.
+    Matrices that are stored in the dtype asked for are the file itself, mapped into memory and never copied: their
+    layout is that of the file, and encoder rows of single features are gathered (`encoder`). `b_in` is b_dec where
+    the SAE subtracts it from its input, else zero. `k` is TopK's, `threshold` JumpReLU's; the other is None. `mean`
+    is the mean activation of every feature over a corpus, and None where it was not measured (ingest/means.py).
+    `layer_norm` says that it normalises its input.
     """
 
     W_enc: Float[torch.Tensor, "d_in d_sae"]
@@ -80,18 +81,18 @@ class Dictionary:
     layer_norm: bool = False
 
     def pre_activations(self, x: Float[torch.Tensor, "pos d_in"]) -> Float[torch.Tensor, "pos d_sae"]:
-        """p = (x - b_in) W_enc + b_enc."""
+        """p = (x - b_in) W_enc + b_enc; column-major, as the long side first is how the product is fastest."""
         if self.layer_norm:
             x = (x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + NORM_EPS)
-        return torch.addmm(self.b_enc, x - self.b_in, self.W_enc)
+        return torch.addmm(self.b_enc[:, None], self.W_enc.T, (x - self.b_in).T).T
 
     def active(self, p: Float[torch.Tensor, "pos d_sae"]) -> Bool[torch.Tensor, "pos d_sae"]:
         """Which features fire; for those that do, a = p."""
         if self.threshold is not None:
             return (p > self.threshold) & (p > 0)
         if self.k is not None:
-            top = torch.zeros_like(p, dtype=torch.bool).scatter_(1, p.topk(self.k, dim=1).indices, value=True)
-            return top & (p > 0)
+            strongest = p.contiguous().topk(self.k, dim=1, sorted=False).indices
+            return torch.zeros_like(p, dtype=torch.bool).scatter_(1, strongest, value=True) & (p > 0)
         return p > 0
 
     def activations(self, x: Float[torch.Tensor, "pos d_in"]) -> Float[torch.Tensor, "pos d_sae"]:
@@ -207,7 +208,7 @@ def load_dictionary(folder: Path, model: LanguageModel, origin: Origin | None = 
         raise AtlasError(f"{folder} is a transcoder of {weights} weights; the atlas reads those of processed weights.")
     tensors = {name: value.detach().to(model.weights.W_V.dtype) for name, value in sae.state_dict().items()}
     for name, value in tensors.items():
-        if not torch.isfinite(value).all():
+        if not finite(value):
             raise AtlasError(f"{folder} has NaN or infinite values in {name}; its file is damaged.")
     d_in, d_sae = tensors["W_enc"].shape
     d_out = tensors["W_dec"].shape[1]
@@ -230,10 +231,10 @@ def load_dictionary(folder: Path, model: LanguageModel, origin: Origin | None = 
     record = replace(record, **_quality(folder, record.sha256, metadata))
     b_dec = tensors["b_dec"]
     return Dictionary(
-        W_enc=tensors["W_enc"].T.contiguous().T,
+        W_enc=tensors["W_enc"],
         b_enc=tensors["b_enc"],
         b_in=b_dec if sae.cfg.apply_b_dec_to_input else torch.zeros(d_in, dtype=b_dec.dtype),
-        W_dec=tensors["W_dec"].contiguous(),
+        W_dec=tensors["W_dec"],
         b_dec=b_dec,
         threshold=tensors.get("threshold"),
         k=getattr(sae.cfg, "k", None),

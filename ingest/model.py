@@ -95,7 +95,7 @@ def load_model(name: str, dtype: torch.dtype = torch.float32, weights: str = "pr
         with contextlib.redirect_stdout(io.StringIO()):
             bridge = bridge.to(dtype)
     for parameter_name, parameter in bridge.named_parameters():
-        if not torch.isfinite(parameter).all():
+        if not finite(parameter):
             raise AtlasError(f"Model {name!r} has NaN or infinite values in {parameter_name}; its file is damaged.")
     record = ModelRecord(
         id=id,
@@ -110,6 +110,11 @@ def load_model(name: str, dtype: torch.dtype = torch.float32, weights: str = "pr
         weight_processing=steps,
     )
     return LanguageModel(bridge, bridge.tokenizer, _weights(bridge), record)
+
+
+def finite(value: torch.Tensor) -> bool:
+    """Whether every number is finite. A sum with one that is not never is, and is far quicker than looking at each."""
+    return bool(value.sum().isfinite()) or bool(value.isfinite().all())
 
 
 def processing(weights: str) -> str:

@@ -12,8 +12,9 @@ With errors kept as nodes the replacement model equals the real one on its promp
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch.nn import functional
 
 from ingest.dictionaries import Dictionary
@@ -112,24 +113,36 @@ def replacement_model(trace: Trace, weights: Weights, dictionaries: list[Diction
     for dictionary in dictionaries:
         layer = dictionary.record.layer
         if dictionary.record.site == "mlp":
-            mlp[layer] = _encode(dictionary, trace.mlp_in[layer], trace.mlp_out[layer])
+            mlp[layer] = encode(dictionary, trace.mlp_in[layer], trace.mlp_out[layer])
         elif dictionary.record.hook_in.endswith("hook_z"):
             z = trace.z[layer].flatten(1)
-            attn[layer] = _encode(dictionary, z, z)
+            attn[layer] = encode(dictionary, z, z)
         else:
-            attn[layer] = _encode(dictionary, trace.attn_out[layer], trace.attn_out[layer])
+            attn[layer] = encode(dictionary, trace.attn_out[layer], trace.attn_out[layer])
     layers = range(len(mlp))
     return ReplacementModel(trace, weights, tuple(attn[i] for i in layers), tuple(mlp[i] for i in layers))
 
 
-def _encode(dictionary: Dictionary, x: Float[torch.Tensor, "pos d_in"], target: torch.Tensor) -> Site:
+def encode(dictionary: Dictionary, x: Float[torch.Tensor, "pos d_in"], target: torch.Tensor) -> Site:
+    """The site on input `x`, whose true output is `target` [pos, d_out]."""
     p = dictionary.pre_activations(x)
-    fires = dictionary.active(p)
-    position, index = fires.nonzero(as_tuple=True)
-    counts = fires.sum(1)
+    index, position = _nonzero(dictionary.active(p).T)
+    order = position.argsort(stable=True)
+    position, index = position[order], index[order]
+    counts = position.bincount(minlength=len(x))
     value = p[position, index]
     reconstruction = functional.embedding_bag(
         index, dictionary.W_dec, counts.cumsum(0) - counts, mode="sum", per_sample_weights=value
     )
     error = target - reconstruction - dictionary.b_dec
     return Site(dictionary, position, index, value, tuple(counts.tolist()), error, dictionary.b_dec)
+
+
+def _nonzero(mask: Bool[torch.Tensor, "row column"]) -> tuple[Int[torch.Tensor, " n"], Int[torch.Tensor, " n"]]:
+    """(row, column) of what is true, in order; on a processor NumPy finds it several times as fast as torch."""
+    if mask.device.type != "cpu":
+        row, column = mask.nonzero().T
+        return row, column
+    place = torch.from_numpy(np.flatnonzero(mask.numpy()))
+    row = place // mask.shape[1]
+    return row, place - row * mask.shape[1]

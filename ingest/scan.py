@@ -110,7 +110,7 @@ class Scanner:
         sizes = [d.record.d_sae for d in self.dictionaries]
         self.offsets = np.concatenate([[0], np.cumsum(sizes)])
         self._names = {d.record.hook_in for d in self.dictionaries}
-        self._encoders = [d.W_enc.T.bfloat16() for d in self.dictionaries]
+        self._encoders = [d.W_enc.T.bfloat16().contiguous() for d in self.dictionaries]
         self._constants = [d.constant.bfloat16()[:, None] for d in self.dictionaries]
         d_vocab = setup.model.record.d_vocab
         self._worded = np.array([any(map(str.isalpha, setup.model.token_text(token))) for token in range(d_vocab)])

@@ -14,12 +14,13 @@ from transformers import GPT2LMHeadModel
 
 from atlas.errors import AtlasError
 from ingest.dictionaries import Place, load_dictionary, weights_of
-from ingest.model import LanguageModel, load_model
+from ingest.model import LanguageModel, finite, load_model
 from ingest.setup import set_up
 from ingest.trace import Trace, trace
 from tests.ingest.models import attention_sae, randomized, transcoder, write_model, write_random
 
 TOKENS = [0, 17, 4, 250, 33, 91]
+MAPS = Path("/proc/self/maps")
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +164,25 @@ def test_every_kind_encodes_and_decodes_as_saelens_does(
     torch.testing.assert_close(ours.activations(x), theirs.encode(x).detach(), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(ours.reconstruct(x), theirs(x).detach(), rtol=1e-9, atol=1e-9)
     assert 0 < (ours.activations(x) > 0).double().mean() < 1
+
+
+@pytest.mark.skipif(not MAPS.exists(), reason="no /proc/self/maps: which files are mapped cannot be seen here")
+def test_large_weights_are_the_file_itself_mapped_into_memory(tmp_path: Path, directory: Path) -> None:
+    transcoder("relu", 1, 8).save_model(tmp_path)
+    dictionary = load_dictionary(tmp_path, load_model(str(directory)))
+    file = str((tmp_path / "sae_weights.safetensors").resolve())
+    mapped = [line.split()[0] for line in MAPS.read_text().splitlines() if line.endswith(file)]
+    ranges = [tuple(int(end, 16) for end in each.split("-")) for each in mapped]
+    for matrix in (dictionary.W_enc, dictionary.W_dec):
+        assert any(start <= matrix.data_ptr() < end for start, end in ranges)
+
+
+def test_numbers_that_are_finite_but_whose_sum_is_not_are_no_damage() -> None:
+    large = torch.full((4,), 3e38)
+    assert not large.sum().isfinite()
+    assert finite(large)
+    for bad in (float("nan"), float("inf"), float("-inf")):
+        assert not finite(torch.tensor([1.0, bad, -bad, 3e38]))
 
 
 def test_what_a_configuration_says_of_its_weights(tmp_path: Path) -> None:
