@@ -2,16 +2,16 @@
 
 Under each node stand its drivers: the circuit's nodes with an edge into it, with the share of its
 pre-activation that each accounts for, summed over the heads that carry it, and below it why each of these heads
-looked there, where the score is stored: the strongest pair of nodes behind it, once for all that a head brings
-from one token. The strongest `top` of at
-least `min_share` are shown, and their drivers below them, `depth` levels down. A node that stands
-in several places is opened where it stands highest, and marked with an arrow elsewhere. What is left of
-the whole is the rest: the weaker drivers, the constant, and what the circuit does not keep.
+looked there, where the score is stored: the strongest pair of nodes behind it, with its figures where the tree
+first tells of that score, and after that only by name, the heads of one pair together. The strongest `top` of
+at least `min_share` are shown, and their drivers below them, `depth` levels down. A node that stands in several
+places is opened where it stands highest, and marked with an arrow elsewhere. What is left of the whole is the
+rest: the weaker drivers, the constant, and what the circuit does not keep.
 """
 
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -71,7 +71,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Look:
-    """The strongest pair behind a head's score: `qk` of it, from a node at the query and one at the key.
+    """The strongest pair behind one head's score at one query and key: `qk` of it, from a node at either.
 
     `lift` is what the node at the query gives to this key beyond what it gives to the others on average.
     """
@@ -171,10 +171,6 @@ def drivers(edges: pd.DataFrame, pairs: pd.DataFrame) -> dict[str, list[Driver]]
         found.setdefault(str(target), []).append(Driver(_source(records[0]), share, tuple(heads), tuple(looks)))
     for strongest_first in found.values():
         strongest_first.sort(key=lambda driver: (-abs(driver.share), driver.node.id))
-        told: set[Look] = set()
-        for i, driver in enumerate(strongest_first):
-            strongest_first[i] = replace(driver, looks=tuple(look for look in driver.looks if look not in told))
-            told.update(driver.looks)
     return found
 
 
@@ -192,11 +188,15 @@ def _strongest(pairs: pd.DataFrame) -> dict[tuple[int, int, int, int], Look]:
 
 def draw(branch: Branch) -> Tree:
     """The tree in colours by kind."""
+    return _draw(branch, set())
+
+
+def _draw(branch: Branch, told: set[Look]) -> Tree:
     drawn = Tree(_line(branch), guide_style="dim")
-    for look in branch.driver.looks if branch.driver else ():
-        drawn.add(Text(_because(look), style="dim italic"))
+    for reason in _reasons(branch.driver.looks if branch.driver else (), told):
+        drawn.add(Text(reason, style="dim italic"))
     for below in branch.branches:
-        drawn.children.append(draw(below))
+        drawn.children.append(_draw(below, told))
     if branch.rest is not None:
         drawn.add(Text(f"{_percent(branch.rest)} {_rest(branch.hidden)}", style="dim"))
     return drawn
@@ -300,11 +300,30 @@ def _through(driver: Driver) -> str:
     return f' via OV {", ".join(heads)} from "{visible(driver.node.token)}"'
 
 
-def _because(look: Look) -> str:
-    """`L2.H3 looks there: L0 mlp 7 @ in with embedding @ Texas, 3.4 of its score 7.2, lift +0.85`."""
-    pair = f"{visible(look.query_name)} with {visible(look.key_name)}"
-    share = f"{look.qk:.1f} of its score {look.score:.1f}, lift {look.lift:+.2f}"
-    return f"L{look.layer}.H{look.head} looks there: {pair}, {share}"
+def _reasons(looks: Sequence[Look], told: set[Look]) -> Iterator[str]:
+    """Why each head of one edge looks there, and the looks are then among those `told`.
+
+    `L2.H3 looks there: L0 mlp 7 @ in with embedding @ Texas, 3.4 of its score 7.2, lift +0.85`, and after that
+    `L2.H3, L2.H5 look there: L0 mlp 7 @ in with embedding @ Texas`.
+    """
+    again: dict[str, list[str]] = {}
+    for look in looks:
+        if look in told:
+            again.setdefault(_pair(look), []).append(_head(look))
+        else:
+            figures = f"{look.qk:.1f} of its score {look.score:.1f}, lift {look.lift:+.2f}"
+            yield f"{_head(look)} looks there: {_pair(look)}, {figures}"
+    for pair, heads in again.items():
+        yield f"{', '.join(heads)} {'looks' if len(heads) == 1 else 'look'} there: {pair}"
+    told.update(looks)
+
+
+def _head(look: Look) -> str:
+    return f"L{look.layer}.H{look.head}"
+
+
+def _pair(look: Look) -> str:
+    return f"{visible(look.query_name)} with {visible(look.key_name)}"
 
 
 def _rest(hidden: int) -> str:

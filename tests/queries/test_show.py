@@ -89,12 +89,28 @@ def test_the_whole_tree_as_printed() -> None:
         '│   ├── 60.0% node m1 via OV L1.H0 35.0%, L1.H3 25.0% from " Texas" ↕ opened elsewhere',
         "│   │   └── L1.H3 looks there: L0 mlp 4 @ is with embedding @ Texas, -3.3 of its score 2.0, lift +0.50",
         '│   ├── 30.0% node e1 via OV L1.H3 from " Texas"',
+        "│   │   └── L1.H3 looks there: L0 mlp 4 @ is with embedding @ Texas",
         "│   └── 10.0% rest: the constant and what the circuit leaves out",
         "├── 30.0% node m1",
         "│   ├── 90.0% node e1",
         "│   └── 10.0% rest: the constant and what the circuit leaves out",
         "├── -20.0% node x1",
         "└── 40.0% rest: 1 weaker driver, the constant and what the circuit leaves out",
+    ]
+
+
+def test_a_score_is_told_once_and_named_after_that() -> None:
+    """Both heads at one pair of nodes, behind two edges; the figures stand under the stronger edge only."""
+    both = pd.concat([PAIRS, PAIRS[1:2].assign(head=0, qk=1.5, score=3.0)], ignore_index=True)
+    edges = pd.concat([EDGES, pd.DataFrame([edge("e1", "a1", 0.1, 1, 0)])], ignore_index=True)
+    lines = printed(tree(edges, both, ROOT, depth=2, top=2, min_share=0.02))
+    pair = "L0 mlp 4 @ is with embedding @ Texas"
+    assert lines[2:7] == [
+        '│   ├── 60.0% node m1 via OV L1.H0 35.0%, L1.H3 25.0% from " Texas" ↕ opened elsewhere',
+        f"│   │   ├── L1.H0 looks there: {pair}, 1.5 of its score 3.0, lift +0.50",
+        f"│   │   └── L1.H3 looks there: {pair}, -3.3 of its score 2.0, lift +0.50",
+        '│   ├── 40.0% node e1 via OV L1.H3 30.0%, L1.H0 10.0% from " Texas"',
+        f"│   │   └── L1.H3, L1.H0 look there: {pair}",
     ]
 
 
