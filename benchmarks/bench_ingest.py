@@ -22,7 +22,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from atlas.records import DictionaryRecord, PromptRecord, ReplacementModelRecord
 from ingest.circuits import CircuitRequest, prompt_record
-from ingest.cli import THRESHOLDS
+from ingest.cli import LOGIT_THRESHOLDS, THRESHOLDS
 from ingest.dictionaries import Dictionary
 from ingest.model import MINI, load_model
 from ingest.prompts import Prompt
@@ -38,7 +38,8 @@ def main(which: str) -> None:
     """Measure and print."""
     setup = set_up("mini") if which == "mini" else gpt2_shaped()
     tokens = text_tokens(setup)
-    request = CircuitRequest("support", THRESHOLDS["support"], parse_root("default", setup.model, setup.dictionaries))
+    root = parse_root("default", setup.model, setup.dictionaries)
+    request = CircuitRequest("support", THRESHOLDS["support"], root, logit_threshold=LOGIT_THRESHOLDS["support"])
     without_scores = replace(request, look_share=NEVER)
     base, circuits, whole = [], [], []
     for _ in range(REPEATS + 1):

@@ -28,7 +28,7 @@ import torch
 from ingest import faithfulness
 from ingest.attribution import RULES, Attribution, Roots, attribute
 from ingest.circuits import CircuitRequest, prompt_record
-from ingest.cli import THRESHOLDS
+from ingest.cli import LOGIT_THRESHOLDS, THRESHOLDS
 from ingest.faithfulness import Ablation, Claim, Intervention, ablation, as_features, measure, measured, root_values
 from ingest.model import MINI
 from ingest.prompts import Prompt
@@ -38,7 +38,7 @@ from ingest.setup import Setup, set_up
 
 GRID = {
     "relative": (0.005, 0.01, 0.02, 0.05),
-    "support": (0.005, 0.01, 0.02, 0.05),
+    "support": (0.005, 0.01, 0.02, 0.03, 0.05),
     "top_mass": (0.35, 0.7),
     "paper": (0.05, 0.2, 0.5),
 }
@@ -211,7 +211,7 @@ def cost_command() -> None:
     for text in package_prompts()[::8]:
         started = time.process_time()
         replacement = setup.replace(setup.model.tokens(text))
-        request = CircuitRequest("support", THRESHOLDS["support"], root)
+        request = CircuitRequest("support", THRESHOLDS["support"], root, logit_threshold=LOGIT_THRESHOLDS["support"])
         record = prompt_record(Prompt(text, "bench"), "p", setup.model, "r", replacement, [request])
         traced = time.process_time()
         measured(setup, replacement, record, by)

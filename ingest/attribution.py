@@ -30,38 +30,44 @@ from ingest.replacement import ReplacementModel, Site, centre
 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
 
 Keep = Callable[[Float[torch.Tensor, "root n"], Float[torch.Tensor, " root"]], Bool[torch.Tensor, "root n"]]
+Threshold = float | Float[torch.Tensor, " root"]  # of all roots, or of each
 
 
-def paper(threshold: float) -> Keep:
+def paper(threshold: Threshold) -> Keep:
     """Keep attr > threshold: absolute, positive only, as published."""
-    return lambda attr, root_value: attr > threshold
+    return lambda attr, root_value: attr > _of_each(threshold, attr)
 
 
-def relative(threshold: float) -> Keep:
+def relative(threshold: Threshold) -> Keep:
     """Keep |attr| >= threshold * |p_r|, both signs."""
-    return lambda attr, root_value: (attr.abs() >= threshold * root_value.abs()[:, None]) & (attr != 0)
+    return lambda attr, root_value: (attr.abs() >= _of_each(threshold, attr) * root_value.abs()[:, None]) & (attr != 0)
 
 
-def support(threshold: float) -> Keep:
+def support(threshold: Threshold) -> Keep:
     """Keep attr >= threshold * |p_r| in the sign of p_r: what makes the root what it is, not what works against it."""
     return lambda attr, root_value: (
-        (attr * root_value.sign()[:, None] >= threshold * root_value.abs()[:, None]) & (attr != 0)
+        (attr * root_value.sign()[:, None] >= _of_each(threshold, attr) * root_value.abs()[:, None]) & (attr != 0)
     )
 
 
-def top_mass(threshold: float) -> Keep:
+def top_mass(threshold: Threshold) -> Keep:
     """Keep the smallest set whose |attr| sums to the share `threshold` of the total; ties by node order."""
 
     def keep(attr: torch.Tensor, root_value: torch.Tensor) -> torch.Tensor:
         ordered, order = attr.abs().sort(dim=1, descending=True, stable=True)
         before = ordered.cumsum(1) - ordered
-        chosen = before < threshold * ordered.sum(1, keepdim=True)
+        chosen = before < _of_each(threshold, attr) * ordered.sum(1, keepdim=True)
         return torch.zeros_like(chosen).scatter_(1, order, chosen) & (attr != 0)
 
     return keep
 
 
-RULES: dict[str, Callable[[float], Keep]] = {
+def _of_each(threshold: Threshold, attr: torch.Tensor) -> torch.Tensor | float:
+    """A threshold for each row of `attr`, which are those of the first roots; or the one of all."""
+    return threshold[: len(attr), None] if isinstance(threshold, torch.Tensor) else threshold
+
+
+RULES: dict[str, Callable[[Threshold], Keep]] = {
     "paper": paper,
     "relative": relative,
     "support": support,

@@ -29,29 +29,35 @@ from ingest.spans import spans
 class CircuitRequest:
     """One word of `--roots` under one rule: what a later run compares to know what is still to do.
 
-    `look_share` says which attention scores are taken apart (see `ingest.graph`), alike for all of a prompt's
-    requests; with None it is still to be settled, by what is stored.
+    `logit_threshold` is that of the roots that are logits, where it is another than `threshold`. `look_share` says
+    which attention scores are taken apart (see `ingest.graph`), alike for all of a prompt's requests; with None it is
+    still to be settled, by what is stored.
     """
 
     rule: str
     threshold: float
     root: RootRequest
     look_share: float | None = LOOK_SHARE
+    logit_threshold: float | None = None
 
     @property
     def stored(self) -> str:
         """As it is kept with the prompt."""
-        return json.dumps(
-            {"root": self.root.spec, "rule": self.rule, "threshold": self.threshold, "look_share": self.look_share}
-        )
+        row = {"root": self.root.spec, "rule": self.rule, "threshold": self.threshold, "look_share": self.look_share}
+        return json.dumps(row if self.logit_threshold is None else row | {"logit_threshold": self.logit_threshold})
+
+    def threshold_of(self, root: Root) -> float:
+        """The threshold for a root that this request names."""
+        logit = root.site == "logit" and self.logit_threshold is not None
+        return self.logit_threshold if logit else self.threshold
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """The roots of one rule and threshold with their attribution, and which leaves pass the rule."""
+    """The roots of one rule, each with its threshold, their attribution, and which leaves pass the rule."""
 
     rule: str
-    threshold: float
+    threshold: list[float]
     roots: list[Root]
     table: Roots
     attribution: Attribution
@@ -99,18 +105,19 @@ def prompt_record(
 
 
 def _sweeps(requests: Sequence[CircuitRequest], replacement: ReplacementModel) -> list[Sweep]:
-    """One sweep per rule and threshold; a root that two requests name belongs to the later one's threshold."""
+    """One sweep per rule; a root that two requests name belongs to the later one's threshold."""
     resolved = resolve([request.root for request in requests], replacement)
-    threshold: dict[tuple[str, Root], float] = {}
+    threshold: dict[str, dict[Root, float]] = {}
     for request, roots in zip(requests, resolved, strict=True):
-        threshold.update({(request.rule, root): request.threshold for root in roots})
+        threshold.setdefault(request.rule, {}).update({root: request.threshold_of(root) for root in roots})
     sweeps: list[Sweep] = []
-    for rule, value in dict.fromkeys((rule, value) for (rule, _), value in threshold.items()):
-        roots = from_the_top(root for (r, root), v in threshold.items() if (r, v) == (rule, value))
-        keep, table = RULES[rule](value), root_table(roots, replacement)
+    for rule, of in threshold.items():
+        roots = from_the_top(of)
+        table = root_table(roots, replacement)
+        keep = RULES[rule](torch.tensor([of[root] for root in roots], dtype=table.value.dtype))
         attribution = attribute(replacement, table, keep)
         leaves = {leaf: (attr, keep(attr, table.value)) for leaf, attr in _leaves(attribution).items()}
-        sweeps.append(Sweep(rule, value, roots, table, attribution, leaves))
+        sweeps.append(Sweep(rule, [of[root] for root in roots], roots, table, attribution, leaves))
     return sweeps
 
 
@@ -189,7 +196,7 @@ def _circuits(sweep: Sweep, nodes: Nodes, direct: DirectEdges, ov: OVEdges) -> I
             id=f"{nodes.prompt_id}/{root_path(root)}/{sweep.rule}",
             root=node,
             rule=sweep.rule,
-            threshold=sweep.threshold,
+            threshold=sweep.threshold[r],
             members=np.append(members, node),
             attribution=np.append(attributions[r, members], value),
             n_edges=int(inside[ends].all(0).sum()),

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from ingest.job import Summary
     from ingest.setup import Setup
 
-THRESHOLDS = {"support": 0.01, "relative": 0.02, "top_mass": 0.5, "paper": 0.1}
-
+THRESHOLDS = {"support": 0.05, "relative": 0.02, "top_mass": 0.5, "paper": 0.1}
+LOGIT_THRESHOLDS = {"support": 0.01}  # where logits need another one to be faithful: docs/faithfulness.md
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -65,7 +65,11 @@ def model_options(command: F) -> F:
     help='What to explain: default, logits, features, @POSITION, 2/mlp/812, " Paris", " Paris- Rome"; may be repeated.',
 )
 @click.option("--rule", default="support", show_default=True, help=f"Which nodes to keep: {', '.join(THRESHOLDS)}.")
-@click.option("--threshold", type=float, help="The rule's threshold.  [default: " + str(THRESHOLDS)[1:-1] + "]")
+@click.option(
+    "--threshold",
+    type=float,
+    help=f"The rule's threshold.  [default: {str(THRESHOLDS)[1:-1]}; of logits {str(LOGIT_THRESHOLDS)[1:-1]}]",
+)
 @click.option(
     "--look-share",
     default=0.05,
@@ -94,6 +98,7 @@ def ingest(
     """
     if not files and not texts:
         raise AtlasError("Nothing to ingest: give a file, --text, or - for standard input.")
+    logit_threshold = LOGIT_THRESHOLDS.get(rule) if threshold is None else None
     threshold = _threshold(rule, threshold)
     if not 0 < look_share <= 1:
         raise AtlasError(f"--look-share {look_share} is not a share: give a number above 0 and at most 1.")
@@ -116,7 +121,7 @@ def ingest(
 
         setup = set_up(model, dictionaries=dictionaries, layers=layers)
         _warn_of(setup.record.dictionaries)
-        requests = circuit_requests(setup, roots, rule, threshold, look_share)
+        requests = circuit_requests(setup, roots, rule, threshold, look_share, logit_threshold)
         tasks = prepare_tasks(setup, prompts, truncate, complain)
         if not tasks:
             raise AtlasError("No prompt is left to ingest; nothing was written.")

@@ -79,12 +79,17 @@ def prepare_tasks(setup: Setup, prompts: Iterable[Prompt], truncate: bool, compl
 
 
 def circuit_requests(
-    setup: Setup, specs: Sequence[str], rule: str, threshold: float, look_share: float | None = None
+    setup: Setup,
+    specs: Sequence[str],
+    rule: str,
+    threshold: float,
+    look_share: float | None = None,
+    logit_threshold: float | None = None,
 ) -> list[CircuitRequest]:
-    """The requests of this run; without `look_share`, that of the stored prompt stays. Raises AtlasError for a root
-    that cannot be."""
+    """The requests of this run; without `look_share`, that of the stored prompt stays, and without
+    `logit_threshold`, logits have no other than features. Raises AtlasError for a root that cannot be."""
     roots = [parse_root(spec, setup.model, setup.dictionaries) for spec in specs]
-    return [CircuitRequest(rule, threshold, root, look_share) for root in roots]
+    return [CircuitRequest(rule, threshold, root, look_share, logit_threshold) for root in roots]
 
 
 def run(
@@ -175,7 +180,9 @@ def _merge(setup: Setup, stored: Sequence[str], requests: Sequence[CircuitReques
     merged: dict[tuple[str, str], CircuitRequest] = {}
     for row in map(json.loads, stored):
         root = parse_root(row["root"], setup.model, setup.dictionaries)
-        merged[row["root"], row["rule"]] = CircuitRequest(row["rule"], row["threshold"], root, row.get("look_share"))
+        merged[row["root"], row["rule"]] = CircuitRequest(
+            row["rule"], row["threshold"], root, row.get("look_share"), row.get("logit_threshold")
+        )
     earlier = [request.look_share for request in merged.values()]
     for request in requests:
         merged.pop((request.root.spec, request.rule), None)

@@ -38,9 +38,11 @@ def no_complaint(sentence: str) -> None:
     raise AssertionError(sentence)
 
 
-def ingest(store: Store, setup, texts, specs=("default",), rule="relative", threshold=0.05, complain=no_complaint):
+def ingest(
+    store: Store, setup, texts, specs=("default",), rule="relative", threshold=0.05, complain=no_complaint, logits=None
+):
     tasks = prepare_tasks(setup, [Prompt(text, "test", task="t") for text in texts], False, complain)
-    requests = circuit_requests(setup, specs, rule, threshold)
+    requests = circuit_requests(setup, specs, rule, threshold, logit_threshold=logits)
     return run(store, setup, tasks, requests, complain, lambda summary: None), tasks, requests
 
 
@@ -63,6 +65,22 @@ def test_what_is_written_is_what_was_computed(store, setup, monkeypatch):
         assert (record.id, len(record.circuits)) == (task.id, 11)
         assert graph_in(store, task.id) == graph_of(record)
     assert [check.name for check in verify(store) if check.violations] == []
+
+
+def test_a_threshold_of_logits_is_kept_with_the_prompt(store, setup):
+    _, (task,), _ = ingest(store, setup, TEXTS[:1], threshold=0.1, logits=0.02)
+    find = "MATCH (c:Circuit {prompt: $id})-[:ROOT]->(n) RETURN n:Logit AS logit, c.threshold AS threshold"
+    found = store.read(find, id=task.id)
+    assert (found["threshold"] == found["logit"].map({True: 0.02, False: 0.1})).all()
+    assert set(found["logit"]) == {True, False}
+    again, _, _ = ingest(store, setup, TEXTS[:1], threshold=0.1, logits=0.02)
+    assert (again.prompts, again.skipped) == (0, 1)
+    ingest(store, setup, TEXTS[:1], specs=("features",), rule="paper", threshold=0.0)
+    kept = store.read(find.replace("{prompt: $id}", "{prompt: $id, rule: 'relative'}"), id=task.id)
+    assert sorted(kept["threshold"]) == sorted(found["threshold"])
+    other, _, _ = ingest(store, setup, TEXTS[:1], threshold=0.1)
+    assert other.prompts == 1
+    assert set(store.read("MATCH (c:Circuit {rule: 'relative'}) RETURN c.threshold AS t")["t"]) == {0.1}
 
 
 def test_the_same_again_writes_nothing(store, setup):

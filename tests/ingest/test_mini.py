@@ -43,6 +43,29 @@ def test_stored_edges_constants_and_the_rest_are_the_pre_activations(mini, text)
         assert circuit.completeness + circuit.error_share + circuit.pruned_share == pytest.approx(1, abs=1e-4)
 
 
+def test_logits_may_have_a_threshold_of_their_own(mini):
+    replacement = mini.replace(mini.model.tokens(PROMPTS[0]))
+    root = parse_root("default", mini.model, mini.dictionaries)
+
+    def circuits(rule, threshold, logit_threshold):
+        request = CircuitRequest(rule, threshold, root, logit_threshold=logit_threshold)
+        record = prompt_record(Prompt(PROMPTS[0], "test"), "p", mini.model, "r", replacement, [request])
+        ids = [node.id for node in record.nodes]
+        return {c.id: (c.threshold, {ids[n] for n in c.members}, c.pruned_share) for c in record.circuits}
+
+    for rule, (coarse, fine) in {"support": (0.05, 0.01), "top_mass": (0.3, 0.6)}.items():
+        both, all_coarse, all_fine = (
+            circuits(rule, coarse, fine), circuits(rule, coarse, None), circuits(rule, fine, None)
+        )  # fmt: skip
+        logits = [id for id in both if "/logit/" in id]
+        assert (len(logits), len(both)) == (3, 11)
+        assert {id: both[id] for id in logits} == {id: all_fine[id] for id in logits}
+        assert {id: c for id, c in both.items() if id not in logits} == {
+            id: c for id, c in all_coarse.items() if id not in logits
+        }
+        assert all(both[id] != all_coarse[id] for id in logits)
+
+
 def test_all_edges_sum_to_the_pre_activations(mini, monkeypatch):
     """I1 with nothing left out: every node of a short prompt, every edge."""
     record = everything(mini, mini.replace(mini.model.tokens("New York")), monkeypatch)
