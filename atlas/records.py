@@ -72,12 +72,16 @@ class DictionaryRecord:
 
 @dataclass(frozen=True)
 class ReplacementModelRecord:
-    """A model and the dictionaries that stand in for its layers; `id` hashes all of them."""
+    """A model and the dictionaries that stand in for its layers; `id` hashes all of them.
+
+    `open_attention` are the layers whose attention has none, ascending: there it passes through its patterns.
+    """
 
     id: str
     name: str
     model: ModelRecord
     dictionaries: tuple[DictionaryRecord, ...]
+    open_attention: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

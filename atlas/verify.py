@@ -161,13 +161,16 @@ QUESTIONS = (
     ),
     _Question(
         "edges",
-        "every edge stays in its prompt and runs forward: DIRECT at its position, OV from there or before",
+        "every edge stays in its prompt and runs forward: DIRECT at its position or by open attention, OV from before",
         f"""
         UNWIND $prompts AS prompt
+        OPTIONAL MATCH (:Prompt {{id: prompt}})-[:TRACED_BY]->(r:ReplacementModel)
+        WITH prompt, coalesce(head(collect(r.open_attention)), []) AS open
         MATCH (u:CircuitNode {{prompt: prompt}})-[e:DIRECT|OV]->(v)
         WITH u.id + ' -> ' + v.id AS id, null AS residual, v.prompt = u.prompt AND {_RANK_U} < {_RANK_V} AND CASE
              WHEN e.weight IS NULL THEN false
-             WHEN type(e) = 'DIRECT' THEN u.position = v.position AND (v:MLP OR v:Logit)
+             WHEN type(e) = 'DIRECT' THEN (v:MLP OR v:Logit) AND (u.position = v.position OR u.position < v.position
+               AND any(l IN open WHERE {_RANK_U} < 2 * l AND 2 * l < {_RANK_V}))
              ELSE u.position <= v.position AND v:Attn AND e.layer = v.layer AND e.head >= 0 END AS ok
         """,
     ),

@@ -76,9 +76,9 @@ def register(store: Store, model: ReplacementModelRecord, run: RunRecord) -> Non
         _create(transaction, "MERGE (n:Dictionary {id: row.id}) SET n += row", [_known(d) for d in model.dictionaries])
         _create(
             transaction,
-            "MATCH (m:Model {id: row.model}) MERGE (n:ReplacementModel {id: row.id}) SET n.name = row.name "
-            "MERGE (n)-[:REPLACES]->(m)",
-            [{"id": model.id, "name": model.name, "model": model.model.id}],
+            "MATCH (m:Model {id: row.model}) MERGE (n:ReplacementModel {id: row.id}) SET n.name = row.name, "
+            "n.open_attention = row.open MERGE (n)-[:REPLACES]->(m)",
+            [{"id": model.id, "name": model.name, "model": model.model.id, "open": list(model.open_attention)}],
         )
         _create(
             transaction,

@@ -10,7 +10,9 @@ the keep rule decides, and only kept features hand it on, through the read vecto
     mlp:   g[t] += sum_kept (dec_j . g[t]) P enc_j / sigma_mid[t]
     attn:  g[s] += sum_h P W_V[h] (sum_t A[h,t,s] sum_kept (dec_i . g[t]) enc_i[h]) / sigma_pre[s]
 
-so a pruned feature blocks what would have flowed through it. Errors, biases and embeddings are leaves.
+so a pruned feature blocks what would have flowed through it. Errors, biases and embeddings are leaves. A linear
+path that stays open (METHOD 3) hands everything on, by the same two equations: of a skip transcoder W_skip g[t]
+stands beside the sum over features, and of open attention g[t] W_O[h]^T.
 
 A root at t never reaches a position after t nor a layer above its own, so g has one row per root and
 position s <= t and nothing else, and roots come sorted from the top of the model down: those begun at
@@ -202,7 +204,7 @@ def attribute(model: ReplacementModel, roots: Roots, keep: Keep) -> Attribution:
         )
         constant[:n_begun] += _constants(model, layer, name, gradient)
         pruned[:n_begun] += (feature * ~kept).sum(1)
-        return _hand_on(site, gradient, rows)
+        return _hand_on(site, gradient, written, rows)
 
     begun = begin(model.n_layers, "logit", 0)
     for layer in reversed(range(model.n_layers)):
@@ -267,18 +269,26 @@ def _features(
     return attr, kept, gradient * kept
 
 
-def _hand_on(site: Site, gradient: Float[torch.Tensor, "begun active"], rows: Rows) -> Float[torch.Tensor, "row d_in"]:
-    """sum_i gradient_i enc_i at every row, over the features that have a gradient."""
+def _hand_on(
+    site: Site,
+    gradient: Float[torch.Tensor, "begun active"],
+    written: Float[torch.Tensor, "row d_out"],
+    rows: Rows,
+) -> Float[torch.Tensor, "row d_in"]:
+    """sum_i gradient_i enc_i at every row, over the features that have a gradient, and what an open path hands on."""
+    if site.dictionary.is_open:
+        return written
     root, i = gradient.nonzero(as_tuple=True)
     bags = torch.bincount(rows.start[root] + site.position[i], minlength=len(rows.root))
     index, place = site.index[i].unique(return_inverse=True)
-    return functional.embedding_bag(
+    read = functional.embedding_bag(
         place,
         site.dictionary.encoder(index),
         bags.cumsum(0) - bags,
         mode="sum",
         per_sample_weights=gradient[root, i],
     )
+    return read if site.dictionary.W_skip is None else read.addmm_(written, site.dictionary.W_skip.T)
 
 
 def _constants(

@@ -33,7 +33,7 @@ def model_options(command: F) -> F:
             "--layers",
             metavar="LAYERS",
             callback=lambda ctx, parameter, value: None if value is None else parse_layers(value),
-            help="Take the dictionaries of these layers, such as 0-3,7; elsewhere all that a site writes is error.",
+            help="Take the dictionaries of these layers, such as 0-3,7, and treat the others as if they had none.",
         ),
         click.option(
             "--dictionaries",
@@ -121,6 +121,7 @@ def ingest(
 
         setup = set_up(model, dictionaries=dictionaries, layers=layers)
         _warn_of(setup.record.dictionaries)
+        _tell_of_missing(setup)
         requests = circuit_requests(setup, roots, rule, threshold, look_share, logit_threshold)
         tasks = prepare_tasks(setup, prompts, truncate, complain)
         if not tasks:
@@ -192,6 +193,17 @@ def _warn_of(dictionaries: "Sequence[DictionaryRecord]") -> None:
     said = [f"{id} ({', '.join(found)})" for id, found in bad.items() if found]
     if said:
         click.echo(f"Warning: circuits through bad dictionaries say little: {', '.join(said)}.", err=True)
+
+
+def _tell_of_missing(setup: "Setup") -> None:
+    """Say where the model has no dictionary, and what that means there."""
+    none = [d.record.layer for d in setup.dictionaries if d.record.site == "mlp" and not d.record.d_sae]
+    for site, layers, means in (
+        ("attention", setup.record.open_attention, "it passes through its frozen patterns"),
+        ("MLP", none, "all that it writes is error"),
+    ):
+        if layers:
+            click.echo(f"No dictionary for {site} in layers {', '.join(map(str, layers))}: {means}.", err=True)
 
 
 def _threshold(rule: str, threshold: float | None) -> float:

@@ -4,7 +4,9 @@ Read from SAELens' on-disk format (cfg.json and sae_weights.safetensors) through
 is brought to one form, p = (x - b_in) W_enc + b_enc, a = activation(p), x_hat = a W_dec + b_dec, so
 that attribution knows a feature's pre-activation as a linear read (METHOD 2). Where a dictionary normalises
 its input token by token (`layer_norm`), x stands for (x - mean x) / (std x + 1e-5), and x_hat for
-x_hat std x + mean x. What cfg.json does not say of a published dictionary, its `Origin` does.
+x_hat std x + mean x. A skip transcoder adds x W_skip to x_hat: a linear path that stays open (METHOD 3). So does
+attention without a dictionary, which is open altogether: z passes as it is. What cfg.json does not say of a published
+dictionary, its `Origin` does.
 """
 
 import hashlib
@@ -34,7 +36,10 @@ ACTIVATIONS = {
     "topk": "topk",
     "jumprelu": "jumprelu",
     "jumprelu_transcoder": "jumprelu",
+    "skip_transcoder": "relu",
+    "jumprelu_skip_transcoder": "jumprelu",
 }
+OPEN = "open"  # the kind of an attention site that is not replaced
 MEANS = "means.safetensors"
 QUALITY = "quality.json"
 NORM_EPS = 1e-5  # SAELens' layer norm adds it to the standard deviation
@@ -66,7 +71,8 @@ class Dictionary:
     layout is that of the file, and encoder rows of single features are gathered (`encoder`). `b_in` is b_dec where
     the SAE subtracts it from its input, else zero. `k` is TopK's, `threshold` JumpReLU's; the other is None. `mean`
     is the mean activation of every feature over a corpus, and None where it was not measured (ingest/means.py).
-    `layer_norm` says that it normalises its input.
+    `layer_norm` says that it normalises its input. `W_skip` is a skip transcoder's linear path, and None in all
+    others.
     """
 
     W_enc: Float[torch.Tensor, "d_in d_sae"]
@@ -79,6 +85,7 @@ class Dictionary:
     record: DictionaryRecord
     mean: Float[torch.Tensor, " d_sae"] | None = None
     layer_norm: bool = False
+    W_skip: Float[torch.Tensor, "d_in d_out"] | None = None
 
     def pre_activations(self, x: Float[torch.Tensor, "pos d_in"]) -> Float[torch.Tensor, "pos d_sae"]:
         """p = (x - b_in) W_enc + b_enc; column-major, as the long side first is how the product is fastest."""
@@ -101,9 +108,16 @@ class Dictionary:
         return torch.where(self.active(p), p, 0)
 
     def reconstruct(self, x: Float[torch.Tensor, "pos d_in"]) -> Float[torch.Tensor, "pos d_out"]:
-        """x_hat = a W_dec + b_dec."""
+        """x_hat = a W_dec + b_dec, and x W_skip where there is a linear path."""
         x_hat = self.activations(x) @ self.W_dec + self.b_dec
+        if self.W_skip is not None:
+            x_hat += x @ self.W_skip
         return x_hat * x.std(1, keepdim=True) + x.mean(1, keepdim=True) if self.layer_norm else x_hat
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it stands for attention without a dictionary, which passes z as it is."""
+        return self.record.kind == OPEN
 
     def encoder(self, index: Int[torch.Tensor, " n"]) -> Float[torch.Tensor, "n d_in"]:
         """The encoder rows of some features."""
@@ -159,14 +173,12 @@ def write_beside(file: Path, content: bytes) -> None:
         raise AtlasError(f"{file} cannot be written: {error.strerror or error}.") from error
 
 
-def load_dictionaries(
-    places: Sequence[Place], model: LanguageModel, layers: frozenset[int] | None = None
-) -> list[Dictionary]:
+def load_dictionaries(places: Sequence[Place], model: LanguageModel) -> list[Dictionary]:
     """A dictionary for every site of every layer of `model`: attn and mlp of each layer in turn.
 
-    Sites outside of `layers` get one without features, so that all that they write is reconstruction error.
-    Raises AtlasError when another site has none, when one has two, when a dictionary does not fit the model, is
-    of a kind that the atlas cannot read, or holds a number that is not finite.
+    Where there is none stands one without features: attention stays open (METHOD 3), and what an MLP writes is
+    reconstruction error altogether. Raises AtlasError when a site has two, when a dictionary does not fit the model,
+    is of a kind that the atlas cannot read, or holds a number that is not finite.
     """
     found: dict[tuple[int, str], Dictionary] = {}
     for place in places:
@@ -182,13 +194,7 @@ def load_dictionaries(
             raise AtlasError(f"{place.folder} is a second dictionary for layer {site[0]} {site[1]}; keep one of them.")
         found[site] = dictionary
     sites = [(layer, site) for layer in range(model.record.n_layers) for site in ("attn", "mlp")]
-    for layer, site in sites:
-        if (layer, site) not in found and layers is not None and layer not in layers:
-            found[layer, site] = _no_features(model, layer, site)
-        if (layer, site) not in found:
-            where = ", ".join(dict.fromkeys(str(place.folder.parent) for place in places))
-            raise AtlasError(f"{where} has no dictionary for layer {layer} {site}; every site needs one.")
-    return [found[site] for site in sites]
+    return [found.get(site) or no_features(model, *site) for site in sites]
 
 
 def load_dictionary(folder: Path, model: LanguageModel, origin: Origin | None = None) -> Dictionary:
@@ -241,6 +247,7 @@ def load_dictionary(folder: Path, model: LanguageModel, origin: Origin | None = 
         record=record,
         mean=_mean(folder, record, b_dec.dtype),
         layer_norm=sae.cfg.normalize_activations == "layer_norm",
+        W_skip=tensors["W_skip"].T if "W_skip" in tensors else None,
     )
 
 
@@ -283,17 +290,19 @@ def _quality(folder: Path, weights_sha256: str, metadata: dict[str, Any]) -> dic
     raise AtlasError(f"{file} is of other weights; remove it, or measure anew: atlas dictionaries measure.")
 
 
-def _no_features(model: LanguageModel, layer: int, site: str) -> Dictionary:
-    """A dictionary without features: what its site writes is error altogether."""
-    zeros = torch.zeros(model.record.d_model, dtype=model.weights.W_V.dtype)
+def no_features(model: LanguageModel, layer: int, site: str) -> Dictionary:
+    """A dictionary without features: open attention, or an MLP of which everything is error."""
+    is_open = site == "attn"
+    width = model.record.n_heads * model.record.d_head if is_open else model.record.d_model
+    zeros = torch.zeros(width, dtype=model.weights.W_V.dtype)
     record = DictionaryRecord(
-        id=f"{model.record.id}/{layer}/{site}/none",
+        id=f"{model.record.id}/{layer}/{site}/" + ("open" if is_open else "none"),
         layer=layer,
         site=site,
-        kind="sae" if site == "attn" else "transcoder",
+        kind=OPEN if is_open else "transcoder",
         activation="relu",
-        hook_in=f"blocks.{layer}." + ("hook_attn_out" if site == "attn" else "ln2.hook_normalized"),
-        hook_out=f"blocks.{layer}." + ("hook_attn_out" if site == "attn" else "hook_mlp_out"),
+        hook_in=f"blocks.{layer}." + ("attn.hook_z" if is_open else "ln2.hook_normalized"),
+        hook_out=f"blocks.{layer}." + ("attn.hook_z" if is_open else "hook_mlp_out"),
         d_in=len(zeros),
         d_sae=0,
         source="none",
@@ -317,8 +326,6 @@ def _config(folder: Path) -> dict[str, Any]:
 def _check_kind(folder: Path, sae: Any, site: str) -> str:
     """SAELens' name of the architecture. Raises AtlasError where the atlas has no arithmetic for it."""
     architecture: str = sae.cfg.architecture()
-    if architecture.startswith("skip_"):
-        raise AtlasError(f"{folder} is a skip transcoder; its linear path W_skip x is not supported yet.")
     if architecture not in ACTIVATIONS:
         raise AtlasError(f"{folder} is a {architecture!r} dictionary; the atlas reads {', '.join(ACTIVATIONS)}.")
     normalised = sae.cfg.normalize_activations

@@ -25,6 +25,7 @@ from ingest.edges import (
     ov_edges,
 )
 from ingest.nodes import Group, Nodes
+from ingest.open_paths import open_edges
 from ingest.qk import ScoreNodes, ScoreParts, score_records
 from ingest.replacement import ReplacementModel, centre
 
@@ -40,8 +41,11 @@ def linear_edges(nodes: Nodes) -> tuple[DirectEdges, OVEdges, Float[np.ndarray, 
         if group.site == "attn" and group.of_features and len(group.place)
     ]
     sources = _sources(nodes)
-    direct = direct_edges(sources, targets)
-    ov = _concatenate([ov_edges(sources, at, nodes.replacement) for at in attention])
+    if nodes.replacement.open_below(nodes.replacement.n_layers):
+        direct, ov = open_edges(sources, targets, attention, nodes.replacement)
+    else:
+        direct = direct_edges(sources, targets)
+        ov = _concatenate([ov_edges(sources, at, nodes.replacement) for at in attention])
     unstored = np.zeros(len(nodes))
     for i in range(len(nodes.circuit), len(nodes.groups)):
         unstored[nodes.numbers(i)] = _reaching(nodes, nodes.groups[i])

@@ -206,7 +206,9 @@ def _layer(
     keys, of_key = looks[:, [0, 2]].unique(dim=0, return_inverse=True)
     q = _projected(nodes, layer, queries, W_Q, b_Q, sigma)
     k = _projected(nodes, layer, keys, W_K, b_K, sigma)
-    unstored = (q.double().sum(1)[of_query] * k.double().sum(1)[of_key]).sum(1)
+    # What open paths bring to a token is in no node there, but in the score.
+    summed = (q.double().sum(1)[of_query] * k.double().sum(1)[of_key]).sum(1)
+    unstored = score.clone() if model.open_below(layer) else summed
     found: list[_Pairs] = []
     for part, pairs in _strongest(q, k, of_query, of_key):
         lifts = torch.einsum("nud,nd->nu", q[of_query[part]], towards[part])

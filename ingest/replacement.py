@@ -7,6 +7,9 @@ that are silent; `counts` says where each position's part ends.
     z[l,t]       = sum_i a_i dec_i + b_dec + err          (attention SAE; W_O maps z to the residual stream)
     mlp_out[l,t] = sum_j a_j dec_j + b_dec + err          (transcoder)
 
+What takes an open linear path (METHOD 3) is taken off the right before the error is: x W_skip of a skip transcoder,
+and of open attention all of z but its value biases, which are its bias.
+
 With errors kept as nodes the replacement model equals the real one on its prompt.
 """
 
@@ -67,6 +70,11 @@ class ReplacementModel:
         """The site `attn` or `mlp` of a layer."""
         return (self.attn if name == "attn" else self.mlp)[layer]
 
+    def open_below(self, layer: int) -> bool:
+        """Whether a linear path stays open at some site under the attention of `layer` (METHOD 3)."""
+        sites = (*self.attn[:layer], *self.mlp[:layer])
+        return any(site.dictionary.is_open or site.dictionary.W_skip is not None for site in sites)
+
     def W_O(self, layer: int) -> Float[torch.Tensor, "z d_model"]:
         """W_O of a layer with its heads concatenated."""
         return self.weights.W_O[layer].flatten(0, 1)
@@ -114,6 +122,8 @@ def replacement_model(trace: Trace, weights: Weights, dictionaries: list[Diction
         layer = dictionary.record.layer
         if dictionary.record.site == "mlp":
             mlp[layer] = encode(dictionary, trace.mlp_in[layer], trace.mlp_out[layer])
+        elif dictionary.is_open:
+            attn[layer] = _open(dictionary, weights.b_V[layer].flatten(), len(trace.tokens))
         elif dictionary.record.hook_in.endswith("hook_z"):
             z = trace.z[layer].flatten(1)
             attn[layer] = encode(dictionary, z, z)
@@ -121,6 +131,12 @@ def replacement_model(trace: Trace, weights: Weights, dictionaries: list[Diction
             attn[layer] = encode(dictionary, trace.attn_out[layer], trace.attn_out[layer])
     layers = range(len(mlp))
     return ReplacementModel(trace, weights, tuple(attn[i] for i in layers), tuple(mlp[i] for i in layers))
+
+
+def _open(dictionary: Dictionary, b_V: Float[torch.Tensor, " z"], n_pos: int) -> Site:
+    """Attention that is not replaced: no features and no error."""
+    none = torch.zeros(0, dtype=torch.long)
+    return Site(dictionary, none, none, b_V[:0], (0,) * n_pos, b_V.new_zeros(n_pos, len(b_V)), b_V)
 
 
 def encode(dictionary: Dictionary, x: Float[torch.Tensor, "pos d_in"], target: torch.Tensor) -> Site:
@@ -135,6 +151,8 @@ def encode(dictionary: Dictionary, x: Float[torch.Tensor, "pos d_in"], target: t
         index, dictionary.W_dec, counts.cumsum(0) - counts, mode="sum", per_sample_weights=value
     )
     error = target - reconstruction - dictionary.b_dec
+    if dictionary.W_skip is not None:
+        error -= x @ dictionary.W_skip
     return Site(dictionary, position, index, value, tuple(counts.tolist()), error, dictionary.b_dec)
 
 

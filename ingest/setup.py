@@ -50,12 +50,13 @@ def set_up(
     Raises AtlasError when either cannot be used, or when they do not belong together.
     """
     model, places = load_with_places(name, dtype, dictionaries, layers)
-    found = load_dictionaries(places, model, layers)
+    found = load_dictionaries(places, model)
     record = ReplacementModelRecord(
         id=replacement_id(model, found),
         name=model.record.id,
         model=model.record,
         dictionaries=tuple(dictionary.record for dictionary in found if dictionary.record.d_sae),
+        open_attention=tuple(dictionary.record.layer for dictionary in found if dictionary.is_open),
     )
     return Setup(model, found, record)
 

@@ -1,5 +1,7 @@
 """Every check of `verify` finds what was planted for it."""
 
+from dataclasses import replace
+
 import pytest
 
 from atlas.multitoken import write_multitoken
@@ -40,6 +42,11 @@ PLANTED = [
     (
         "edges",
         "MATCH (u:Embedding {position: 1}) MATCH (v:Logit) WHERE u.prompt <> v.prompt "
+        "WITH u, v LIMIT 1 CREATE (u)-[:DIRECT {weight: 0.0}]->(v)",
+    ),
+    (
+        "edges",
+        "MATCH (u:Embedding {position: 1}) MATCH (v:Logit {position: 2, prompt: u.prompt}) "
         "WITH u, v LIMIT 1 CREATE (u)-[:DIRECT {weight: 0.0}]->(v)",
     ),
     ("single edges", "MATCH (u)-[e:DIRECT]->(v) WITH u, v LIMIT 1 CREATE (u)-[:DIRECT {weight: 0.0}]->(v)"),
@@ -109,6 +116,25 @@ def test_a_planted_violation_is_found(store: Store, name: str, planted: str) -> 
     found = {check.name: check for check in verify(store)}
     assert found[name].violations > 0
     assert found[name].example is not None
+
+
+def test_direct_edges_cross_positions_through_open_attention_alone(store: Store) -> None:
+    """With attention open at layer 1: from below it, but neither from its own MLP, nor up to what lies under it."""
+    register(store, replace(synthetic_model(), open_attention=(1,)), synthetic_run())
+    write_prompt(store, synthetic_prompt(1, n_tokens=3, n_active=1), "run-1")
+
+    def found(source: str, target: str) -> int:
+        cypher = (
+            f"MATCH (u:{source}) WHERE u.position < 2 MATCH (v:{target}) WHERE v.position = 2 WITH u, v LIMIT 1 "
+            "CREATE (u)-[e:DIRECT {weight: 0.0}]->(v) RETURN count(e) AS n"
+        )
+        assert store.write(lambda transaction: transaction.run(cypher).single(strict=True)["n"]) == 1
+        return next(check.violations for check in verify(store) if check.name == "edges")
+
+    assert found("MLP {layer: 0}", "Logit") == 0
+    assert found("Embedding", "MLP {layer: 1}") == 0
+    assert found("MLP {layer: 1}", "Logit") == 1
+    assert found("Embedding", "MLP {layer: 0}") == 2
 
 
 def test_an_empty_store_has_nothing_to_check(store: Store) -> None:

@@ -1,5 +1,6 @@
 """Small random models with random dictionaries of every kind, written to disk in the real formats."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -9,6 +10,8 @@ from sae_lens import (
     JumpReLUSAEConfig,
     JumpReLUTranscoder,
     JumpReLUTranscoderConfig,
+    SkipTranscoder,
+    SkipTranscoderConfig,
     StandardSAE,
     StandardSAEConfig,
     TopKSAE,
@@ -81,10 +84,12 @@ def attention_sae(kind: str, hook: str, layer: int, d_sae: int) -> SAE:
 
 
 def transcoder(kind: str, layer: int, d_sae: int) -> SAE:
-    """A random transcoder of `kind` (relu or jumprelu) for the MLP of `layer`."""
+    """A random transcoder of `kind` (relu, jumprelu or skip) for the MLP of `layer`."""
     common = dict(d_in=16, d_out=16, d_sae=d_sae, apply_b_dec_to_input=False)
     if kind == "jumprelu":
         sae = JumpReLUTranscoder(JumpReLUTranscoderConfig(**common))
+    elif kind == "skip":
+        sae = SkipTranscoder(SkipTranscoderConfig(**common))
     else:
         sae = Transcoder(TranscoderConfig(**common))
     sae.cfg.metadata.hook_name = f"blocks.{layer}.ln2.hook_normalized"
@@ -102,15 +107,25 @@ def randomized(sae: SAE) -> SAE:
     return sae
 
 
-def write_random(directory: Path, attention: str = "relu", hook: str = "attn.hook_z", mlp: str = "relu") -> Path:
-    """A model directory with dictionaries of the given kinds, a different width per layer."""
+def write_random(
+    directory: Path,
+    attention: str = "relu",
+    hook: str = "attn.hook_z",
+    mlp: str = "relu",
+    closed: Collection[int] = range(3),
+) -> Path:
+    """A model directory with dictionaries of the given kinds, a different width per layer.
+
+    Attention has one at the `closed` layers, and stays open at the others.
+    """
     write_model(directory)
     for layer in range(3):
         folder = directory / "dictionaries"
-        attention_sae(attention, hook, layer, 24 + 8 * layer).save_model(folder / f"{layer}.attn")
+        if layer in closed:
+            attention_sae(attention, hook, layer, 24 + 8 * layer).save_model(folder / f"{layer}.attn")
+            write_random_means(folder / f"{layer}.attn")
         transcoder(mlp, layer, 40 - 8 * layer).save_model(folder / f"{layer}.mlp")
-        for site in ("attn", "mlp"):
-            write_random_means(folder / f"{layer}.{site}")
+        write_random_means(folder / f"{layer}.mlp")
     return directory
 
 

@@ -25,6 +25,10 @@ KINDS = [
     ("jumprelu", "attn.hook_z", "relu"),
     ("relu", "hook_attn_out", "jumprelu"),
     ("topk", "hook_attn_out", "relu"),
+    ("none", "", "relu", ()),
+    ("relu", "attn.hook_z", "jumprelu", (1,)),
+    ("topk", "hook_attn_out", "skip", (0, 2)),
+    ("relu", "attn.hook_z", "skip"),
 ]
 THRESHOLDS = {"paper": 0.02, "relative": 0.05, "support": 0.05, "top_mass": 0.6}
 
@@ -34,15 +38,15 @@ class Frozen:
     """The frozen replacement model of one prompt, in plain operations.
 
     `kept[layer, site]` [pos, d_sae] says which features pass gradient. `probes[...]` are zeros added to
-    activations and leaves: the derivative by a probe is the derivative by the node. `open_head` lets
-    gradient through the values of one head only.
+    activations and leaves: the derivative by a probe is the derivative by the node. `open_head` (layer, head)
+    lets gradient through the values of one head only of a layer.
     """
 
     setup: object
     replacement: object
     kept: dict = field(default_factory=dict)
     probes: dict = field(default_factory=dict)
-    open_head: int | None = None
+    open_head: tuple[int, int] | None = None
 
     def probe(self, key, like):
         self.probes[key] = torch.zeros_like(like, requires_grad=True)
@@ -50,6 +54,9 @@ class Frozen:
 
     def dictionary(self, layer, site):
         return next(d for d in self.setup.dictionaries if (d.record.layer, d.record.site) == (layer, site))
+
+    def is_closed(self, layer):
+        return any((d.layer, d.site) == (layer, "attn") for d in self.setup.record.dictionaries)
 
     def encode(self, x, layer, site):
         """Pre-activations (differentiable) and activations whose pruned features are constants."""
@@ -60,11 +67,12 @@ class Frozen:
         a = torch.where(kept, a, a.detach()) + self.probe((layer, site), a)
         return p, a
 
-    def decode(self, a, truth, layer, site):
+    def decode(self, a, x, truth, layer, site):
         d = self.dictionary(layer, site)
-        error = (truth - a @ d.W_dec - d.b_dec).detach() + self.probe((layer, site, "error"), truth)
+        skip = 0 if d.W_skip is None else x @ d.W_skip
+        error = (truth - a @ d.W_dec - skip - d.b_dec).detach() + self.probe((layer, site, "error"), truth)
         bias = d.b_dec.expand_as(truth) + self.probe((layer, site, "bias"), truth)
-        return a @ d.W_dec + bias + error
+        return a @ d.W_dec + skip + bias + error
 
     def run(self):
         """Pre-activations by (layer, site), and the logits."""
@@ -77,22 +85,26 @@ class Frozen:
         stream = t.embed + self.probe("embedding", t.embed) + t.pos_embed + self.probe("position", t.embed)
         for layer in range(len(t.pattern)):
             v = torch.einsum("sd,hde->she", normalise(stream, t.sigma_pre[layer]), w.W_V[layer]) + w.b_V[layer]
-            if self.open_head is not None:
-                shut = [h for h in range(v.shape[1]) if h != self.open_head]
+            if self.open_head is not None and self.open_head[0] == layer:
+                shut = [h for h in range(v.shape[1]) if h != self.open_head[1]]
                 v = torch.stack([v[:, h].detach() if h in shut else v[:, h] for h in range(v.shape[1])], 1)
             z = torch.einsum("hts,she->the", t.pattern[layer], v).flatten(1)
-            if "hook_z" in self.dictionary(layer, "attn").record.hook_in:
+            if not self.is_closed(layer):
+                self.encode(z, layer, "attn")
+                z = z + self.probe((layer, "attn", "error"), z) + self.probe((layer, "attn", "bias"), z)
+                out = z @ w.W_O[layer].flatten(0, 1) + w.b_O[layer] + self.probe((layer, "attn", "b_O"), stream)
+            elif "hook_z" in self.dictionary(layer, "attn").record.hook_in:
                 pre[layer, "attn"], a = self.encode(z, layer, "attn")
-                z = self.decode(a, z.detach(), layer, "attn")
+                z = self.decode(a, z, z.detach(), layer, "attn")
                 out = z @ w.W_O[layer].flatten(0, 1) + w.b_O[layer] + self.probe((layer, "attn", "b_O"), stream)
             else:
                 out = z @ w.W_O[layer].flatten(0, 1) + w.b_O[layer]
                 pre[layer, "attn"], a = self.encode(out, layer, "attn")
-                out = self.decode(a, out.detach(), layer, "attn")
+                out = self.decode(a, out, out.detach(), layer, "attn")
             stream = stream + out
             x = normalise(stream, t.sigma_mid[layer])
             pre[layer, "mlp"], a = self.encode(x, layer, "mlp")
-            stream = stream + self.decode(a, t.mlp_out[layer], layer, "mlp")
+            stream = stream + self.decode(a, x, t.mlp_out[layer], layer, "mlp")
         logits = normalise(stream, t.sigma_final) @ w.W_U + w.b_U
         return pre, logits
 
@@ -161,15 +173,16 @@ def some_roots(replacement):
     roots = [Root("logit", n_layers, last, 7), Root("logit", n_layers, last - 1, 30, versus=11)]
     for layer in range(n_layers):
         for site, name in ((replacement.attn[layer], "attn"), (replacement.mlp[layer], "mlp")):
+            if site.dictionary.is_open:
+                continue
             strongest = int((site.value * (site.position == last)).argmax())
             roots.append(Root(name, layer, last, int(site.index[strongest])))
     return from_the_top(roots)
 
 
-@pytest.fixture(scope="module", params=KINDS, ids=lambda kinds: "-".join(kinds))
+@pytest.fixture(scope="module", params=KINDS, ids=lambda kinds: "-".join(map(str, kinds)))
 def setup(request, tmp_path_factory):
-    attention, hook, mlp = request.param
-    return set_up(str(write_random(tmp_path_factory.mktemp("model"), attention, hook, mlp)), torch.float64)
+    return set_up(str(write_random(tmp_path_factory.mktemp("model"), *request.param)), torch.float64)
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +275,7 @@ def test_every_edge_equals_autograd(setup, replacement, monkeypatch):
         node = record.nodes[t]
         heads = range(setup.model.record.n_heads) if node.kind == "Attn" else [None]
         for head in heads:
-            frozen = Frozen(setup, replacement, open_head=head)
+            frozen = Frozen(setup, replacement, open_head=head if head is None else (node.layer, head))
             index = int(node.id.rpartition("/")[2])
             site = "logit" if node.kind == "Logit" else node.site
             grads = frozen.gradients(Root(site, node.layer, node.position, index))
@@ -325,10 +338,10 @@ def ablated_pre_activation(setup, replacement, source, target):
             self.probe((layer, site), a)
             return p, a
 
-        def decode(self, a, truth, layer, site):
+        def decode(self, a, x, truth, layer, site):
             held = (self.replacement.mlp if site == "mlp" else self.replacement.attn)[layer]
             d = self.dictionary(layer, site)
-            return a @ d.W_dec + d.b_dec + held.error
+            return a @ d.W_dec + d.b_dec + held.error + (0 if d.W_skip is None else x @ d.W_skip)
 
     pre, _ = Ablated(setup, replacement).run()
     return float(pre[target.layer, target.site][target.position, target.index].detach())

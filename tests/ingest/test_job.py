@@ -15,6 +15,7 @@ from atlas.errors import AtlasError
 from atlas.store import Store, connect
 from atlas.verify import verify
 from atlas.writer import write_prompt
+from ingest.faithfulness import ablation
 from ingest.job import circuit_requests, prepare_tasks, run
 from ingest.prompts import Prompt
 from ingest.setup import set_up
@@ -81,6 +82,24 @@ def test_a_threshold_of_logits_is_kept_with_the_prompt(store, setup):
     other, _, _ = ingest(store, setup, TEXTS[:1], threshold=0.1)
     assert other.prompts == 1
     assert set(store.read("MATCH (c:Circuit {rule: 'relative'}) RETURN c.threshold AS t")["t"]) == {0.1}
+
+
+def test_with_open_attention_what_is_stored_is_consistent(embedded_store, tmp_path):
+    """Attention in one layer of three has a dictionary: edges of both kinds run through the others."""
+    setup = set_up(str(write_random(tmp_path / "little", "relu", "attn.hook_z", "skip", closed=(1,))))
+    tasks = prepare_tasks(setup, prompts(TEXTS), False, no_complaint)
+    requests = circuit_requests(setup, ("default",), "support", 0.01)
+    by = ablation(setup, "mean")
+    run(embedded_store, setup, tasks, requests, no_complaint, lambda summary: None, by=by)
+    assert [check.name for check in verify(embedded_store) if check.violations] == []
+    found = embedded_store.read(
+        "MATCH (u:CircuitNode)-[e:DIRECT|OV]->(v) RETURN type(e) AS via, count(*) AS n, "
+        "sum(CASE WHEN u.position < v.position THEN 1 ELSE 0 END) AS moved"
+    ).set_index("via")
+    assert found.loc["OV", "n"] > 0
+    assert 0 < found.loc["DIRECT", "moved"] < found.loc["DIRECT", "n"]
+    measured = embedded_store.read("MATCH (c:Circuit) RETURN count(*) AS n, count(c.faithfulness) AS measured").iloc[0]
+    assert measured["measured"] == measured["n"] == 11 * len(TEXTS)
 
 
 def test_the_same_again_writes_nothing(store, setup):

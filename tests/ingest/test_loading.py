@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sae_lens import SAE, SkipTranscoder, SkipTranscoderConfig, TopKSAE, TopKSAEConfig
+from sae_lens import SAE, TopKSAE, TopKSAEConfig
 from torch.nn.functional import layer_norm
 from transformers import GPT2LMHeadModel
 
@@ -198,14 +198,15 @@ def test_what_a_configuration_says_of_its_weights(tmp_path: Path) -> None:
         weights_of(Place(tmp_path))
 
 
-def test_kinds_without_an_arithmetic_are_refused(tmp_path: Path, models: dict[str, LanguageModel]) -> None:
-    skip = SkipTranscoder(SkipTranscoderConfig(d_in=16, d_out=16, d_sae=8, apply_b_dec_to_input=False))
-    skip.cfg.metadata.hook_name = "blocks.1.ln2.hook_normalized"
-    skip.cfg.metadata.hook_name_out = "blocks.1.hook_mlp_out"
+def test_a_skip_transcoder_is_read_with_its_linear_path(tmp_path: Path, models: dict[str, LanguageModel]) -> None:
+    skip = transcoder("skip", 1, 8)
     skip.save_model(tmp_path)
-    with pytest.raises(AtlasError, match="is a skip transcoder; its linear path W_skip x is not supported yet"):
-        load_dictionary(tmp_path, models["processed"])
+    x = torch.randn(9, 16)
+    found = load_dictionary(tmp_path, models["processed"]).reconstruct(x.double())
+    torch.testing.assert_close(found.float(), skip(x))
 
+
+def test_kinds_without_an_arithmetic_are_refused(tmp_path: Path, models: dict[str, LanguageModel]) -> None:
     normed = transcoder("relu", 1, 8)
     normed.cfg.normalize_activations = "layer_norm"
     normed.save_model(tmp_path)

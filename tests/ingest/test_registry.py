@@ -79,20 +79,23 @@ def test_gpt2_comes_with_its_default_sets(gpt2: Setup, hub: Hub) -> None:
 
 
 def test_prompts_are_stored_and_labelled(embedded_store: Store, hub: Hub, tmp_path: Path) -> None:
-    """Layers without dictionaries are error, and nothing is lost."""
+    """In layers without dictionaries attention is open and the MLP is error, and nothing is lost."""
     setup = set_up("gpt2", torch.float64, layers=frozenset({4, 5}))
     assert [d.id for d in setup.record.dictionaries] == [
         "gpt2/4/attn/att-kk", "gpt2/4/mlp/tres-dc", "gpt2/5/attn/att-kk", "gpt2/5/mlp/tres-dc",
     ]  # fmt: skip
     replacement = setup.replace(setup.model.tokens(TEXT))
     assert torch.equal(replacement.mlp[2].error, replacement.trace.mlp_out[2])
-    assert torch.equal(replacement.attn[9].error, replacement.trace.attn_out[9])
+    assert setup.record.open_attention == (0, 1, 2, 3, 6, 7, 8, 9, 10, 11)
+    assert not replacement.attn[9].error.any()
     tasks = prepare_tasks(setup, [Prompt(TEXT, "test")], False, pytest.fail)
     requests = circuit_requests(setup, ["default"], "relative", 0.1)
     run(embedded_store, setup, tasks, requests, pytest.fail, lambda summary: None)
     assert [check.name for check in verify(embedded_store) if check.violations] == []
     layers = embedded_store.read("MATCH (a:Activation) RETURN DISTINCT a.layer AS layer ORDER BY layer")["layer"]
     assert layers.tolist() == [4, 5]
+    moved = embedded_store.read("MATCH (u)-[:DIRECT]->(v) WHERE u.position < v.position RETURN count(*) AS n")["n"][0]
+    assert moved > 0, "some edges run through open attention"
     feature = embedded_store.read(
         "MATCH (f:Feature)-[:IN]->(d:Dictionary {id: 'gpt2/5/mlp/tres-dc'}) RETURN f.id AS id, f.index AS i LIMIT 1"
     ).iloc[0]

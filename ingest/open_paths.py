@@ -1,0 +1,163 @@
+"""Direct edges where linear paths stay open (METHOD 3): a target is read through all of them.
+
+Every target is one row. Its read g is carried down from where it stands to the embeddings, and at each depth
+dotted with what the sources there write:
+
+    edge(u -> v) = a_u w_u . g[position of u]
+
+    skip transcoder    g[t] += P W_skip g[t] / sigma_mid[t]
+    open attention     g[s] += sum_h P W_V[h] (sum_t A[h,t,s] W_O[h] g[t]) / sigma_pre[s]
+
+A closed site hands nothing down. An attention feature is one row per head, which begins in that head's z.
+
+A row never reaches positions after its own nor layers above its own. So rows are taken in blocks of like positions,
+each block no longer than its last position, and within a block from the top of the model down, so that those begun
+at a layer are the first few. P and sigma_pre are folded into W_V and A.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+
+from atlas.records import DirectEdges, OVEdges
+from ingest import edges
+from ingest.edges import AttentionTargets, Sources, Targets, depth_of
+from ingest.replacement import ReplacementModel, centre
+
+BLOCK = 128  # rows carried at once
+
+
+def open_edges(
+    sources: Sources, targets: Targets, attention: Sequence[AttentionTargets], model: ReplacementModel
+) -> tuple[DirectEdges, OVEdges]:
+    """The DIRECT and OV edges that are strong enough to store, along all open paths."""
+    n_heads = model.weights.W_V.shape[1]
+    per_head = [_per_head(at) for at in attention]
+    every = Targets(*(torch.cat(c) for c in zip(*(vars(t).values() for t in (targets, *per_head)), strict=True)))
+    head = torch.arange(len(every.node) - len(targets.node)) % n_heads
+    sources = in_order(sources)
+    none = torch.zeros(0, dtype=torch.long)
+    found = [(none, none, none.double())]
+    for rows, weight in edge_rows(sources, every, model):
+        strong = (weight.abs() >= edges.SHARE * every.value[rows, None].abs()) & (weight != 0)
+        row, source = strong.nonzero(as_tuple=True)
+        found.append((rows[row], source, weight[row, source].double()))
+    row, source, weight = (torch.cat(column) for column in zip(*found, strict=True))
+    reading = row < len(targets.node)
+    direct = DirectEdges(
+        sources.node[source[reading]].numpy(), every.node[row[reading]].numpy(), weight[reading].numpy()
+    )
+    row, source = row[~reading], source[~reading]
+    head, layer = head[row - len(targets.node)], every.depth[row] // 2
+    ov = OVEdges(
+        source=sources.node[source].numpy(),
+        target=every.node[row].numpy(),
+        layer=layer.numpy(),
+        head=head.numpy(),
+        weight=weight[~reading].numpy(),
+        pattern=model.trace.pattern[layer, head, every.position[row], sources.position[source]].double().numpy(),
+    )
+    return direct, ov
+
+
+def in_order(sources: Sources) -> Sources:
+    """The sources by depth, and of one depth by position."""
+    order = np.lexsort((sources.position.numpy(), sources.depth.numpy()))
+    return Sources(*(column[order] for column in vars(sources).values()))
+
+
+def edge_rows(
+    sources: Sources, targets: Targets, model: ReplacementModel
+) -> Iterator[tuple[Int[torch.Tensor, " row"], Float[torch.Tensor, "row source"]]]:
+    """The weights of all edges into some targets at a time, which are given by their numbers.
+
+    `sources` are `in_order`. `targets` at an even depth are attention features, which read z.
+    """
+    carry = _Carry(sources, model)
+    order = torch.from_numpy(np.lexsort((-targets.depth.numpy(), targets.position.numpy())))
+    for block in order.split(BLOCK):
+        rows = block[targets.depth[block].argsort(descending=True, stable=True)]
+        yield rows, carry.down(targets.depth[rows], targets.position[rows], targets.read[rows])
+
+
+class _Carry:
+    """What is frozen, folded, and the sources by depth and position."""
+
+    def __init__(self, sources: Sources, model: ReplacementModel) -> None:
+        self.model, self.sources = model, sources
+        trace, weights = model.trace, model.weights
+        self.moving = (trace.pattern / trace.sigma_pre[:, None, None]).mT.contiguous()  # [layer, head, key, query]
+        self.W_V = centre(weights.W_V.mT).flatten(1, 2)  # [layer, z, d_model]
+        cells, counts = torch.stack([sources.depth, sources.position]).unique_consecutive(dim=1, return_counts=True)
+        ends = counts.cumsum(0)
+        self.cells: dict[int, list[tuple[int, int, int]]] = {}
+        for depth, position, start, end in zip(*cells.tolist(), (ends - counts).tolist(), ends.tolist(), strict=True):
+            self.cells.setdefault(depth, []).append((position, start, end))
+
+    def down(
+        self, depth: Int[torch.Tensor, " row"], position: Int[torch.Tensor, " row"], read: Float[torch.Tensor, "row d"]
+    ) -> Float[torch.Tensor, "row source"]:
+        """Rows from the top of the model down, through all layers below them."""
+        model, n_pos = self.model, int(position.max()) + 1
+        g = read.new_zeros(len(read), n_pos, read.shape[1])
+        weight = read.new_zeros(len(read), len(self.sources.node))
+        begun = [int((depth >= d).sum()) for d in range(2 * model.n_layers + 1)]  # at depth d or above
+        start = begun[-1]
+        g[torch.arange(start), position[:start]] = read[:start]
+        for layer in reversed(range(model.n_layers)):
+            mlp, attn = depth_of(layer, "mlp"), depth_of(layer, "attn")
+            self._meet(mlp, g[: begun[mlp + 1]], weight)
+            if (W_skip := model.mlp[layer].dictionary.W_skip) is not None:
+                above = g[: begun[mlp + 1]]
+                above += centre(above @ W_skip.T) / model.trace.sigma_mid[layer, :n_pos, None]
+            new = torch.arange(begun[mlp + 1], begun[mlp])
+            g[new, position[new]] = read[new]
+            self._meet(attn, g[: begun[mlp]], weight)
+            first = 0 if model.attn[layer].dictionary.is_open else begun[mlp]
+            if first == begun[attn]:
+                continue
+            z = g.new_zeros(begun[attn] - first, n_pos, g.shape[2])
+            if first == 0:
+                torch.matmul(g[: begun[mlp]], model.W_O(layer).T, out=z[: begun[mlp]])
+            new = torch.arange(begun[mlp], begun[attn])
+            z[new - first, position[new]] = read[new]
+            g[first : begun[attn]] += self._moved(layer, z) @ self.W_V[layer]
+        self._meet(-1, g, weight)
+        return weight
+
+    def _meet(self, depth: int, g: Float[torch.Tensor, "row pos d_model"], weight: torch.Tensor) -> None:
+        """Dot rows with the writes of the sources at a depth."""
+        for position, start, end in self.cells.get(depth, []) if len(g) else []:
+            if position < g.shape[1]:
+                torch.mm(g[:, position], self.sources.write[start:end].T, out=weight[: len(g), start:end])
+
+    def _moved(self, layer: int, z: Float[torch.Tensor, "row pos z"]) -> Float[torch.Tensor, "row pos z"]:
+        """From queries to keys, head by head, over sigma_pre at the keys."""
+        n_pos, n_heads = z.shape[1], self.moving.shape[1]
+        moved = torch.empty_like(z)
+        for moving, before, after in zip(
+            self.moving[layer, :, :n_pos, :n_pos], z.chunk(n_heads, 2), moved.chunk(n_heads, 2), strict=True
+        ):
+            torch.bmm(moving.expand(len(z), -1, -1), before, out=after)
+        return moved
+
+
+def _per_head(at: AttentionTargets) -> Targets:
+    """Attention features as one target per head, each reading that head's part of z."""
+    n, n_heads, d_head = at.z_read.shape
+    read = at.z_read.new_zeros(n, n_heads, n_heads, d_head)
+    every = torch.arange(n_heads)
+    read[:, every, every] = at.z_read
+
+    def each(column: torch.Tensor) -> torch.Tensor:
+        return column.repeat_interleave(n_heads)
+
+    return Targets(
+        node=each(at.node),
+        depth=torch.full((n * n_heads,), depth_of(at.layer, "attn")),
+        position=each(at.position),
+        read=read.flatten(0, 1).flatten(1),
+        value=each(at.value),
+    )
