@@ -15,6 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -23,7 +24,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from atlas.records import DictionaryRecord, PromptRecord, ReplacementModelRecord
 from ingest.circuits import CircuitRequest, prompt_record
 from ingest.cli import LOGIT_THRESHOLDS, THRESHOLDS
-from ingest.dictionaries import Dictionary
+from ingest.dictionaries import Dictionary, no_features
 from ingest.model import MINI, load_model
 from ingest.prompts import Prompt
 from ingest.roots import parse_root
@@ -104,8 +105,8 @@ def firing_rate(setup: Setup, tokens: list[int]) -> float:
     return float(torch.stack(rates).mean())
 
 
-def gpt2_shaped() -> Setup:
-    """A random model of GPT-2 small's shape with random dictionaries at every site."""
+def gpt2_shaped(sites: Sequence[str] = ("attn", "mlp")) -> Setup:
+    """A random model of GPT-2 small's shape with random dictionaries at `sites` of every layer."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         GPT2LMHeadModel(GPT2Config()).save_pretrained(folder)
@@ -114,7 +115,7 @@ def gpt2_shaped() -> Setup:
     generator = torch.Generator().manual_seed(1)
     probe = trace(model, [0, *torch.randint(0, 50_000, (N_TOKENS - 1,), generator=generator).tolist()])
     dictionaries = [
-        random_dictionary(model.record.id, layer, site, x)
+        random_dictionary(model.record.id, layer, site, x) if site in sites else no_features(model, layer, site)
         for layer in range(12)
         for site, x in (("attn", probe.z[layer].flatten(1)), ("mlp", probe.mlp_in[layer]))
     ]

@@ -19,6 +19,7 @@ HERE = Path(__file__).parent
 BENCHES = [
     ("A prompt before the database", "bench_ingest", ["mini", "gpt2"]),
     ("Encoding beside its matrix products", "bench_encode", ["64", "512"]),
+    ("Against circuit-tracer", "bench_circuit_tracer", ["32", "64"]),
     ("Loading GPT-2 small's dictionaries", "bench_load", ["gpt2"]),
     ("Writing", "bench_write", ["embedded", "neo4j"]),
     ("Labels", "bench_labels", ["embedded", "neo4j"]),

@@ -12,7 +12,9 @@ A closed site hands nothing down. An attention feature is one row per head, whic
 
 A row never reaches positions after its own nor layers above its own. So rows are taken in blocks of like positions,
 each block no longer than its last position, and within a block from the top of the model down, so that those begun
-at a layer are the first few. P and sigma_pre are folded into W_V and A.
+at a layer are the first few. P and sigma_pre are folded into W_V and A. Two layers of each row cost next to nothing:
+at the first open attention under it a row is at one query only, and under the attention of layer 0 there are only
+embeddings, which are moved once for all rows instead.
 """
 
 from collections.abc import Iterator, Sequence
@@ -89,12 +91,13 @@ class _Carry:
         self.model, self.sources = model, sources
         trace, weights = model.trace, model.weights
         self.moving = (trace.pattern / trace.sigma_pre[:, None, None]).mT.contiguous()  # [layer, head, key, query]
-        self.W_V = centre(weights.W_V.mT).flatten(1, 2)  # [layer, z, d_model]
+        self.W_V = centre(weights.W_V.mT)  # [layer, head, d_head, d_model]
         cells, counts = torch.stack([sources.depth, sources.position]).unique_consecutive(dim=1, return_counts=True)
         ends = counts.cumsum(0)
         self.cells: dict[int, list[tuple[int, int, int]]] = {}
         for depth, position, start, end in zip(*cells.tolist(), (ends - counts).tolist(), ends.tolist(), strict=True):
             self.cells.setdefault(depth, []).append((position, start, end))
+        self.moved = self._moved_embeddings() if model.attn[0].dictionary.is_open else []
 
     def down(
         self, depth: Int[torch.Tensor, " row"], position: Int[torch.Tensor, " row"], read: Float[torch.Tensor, "row d"]
@@ -104,26 +107,30 @@ class _Carry:
         g = read.new_zeros(len(read), n_pos, read.shape[1])
         weight = read.new_zeros(len(read), len(self.sources.node))
         begun = [int((depth >= d).sum()) for d in range(2 * model.n_layers + 1)]  # at depth d or above
-        start = begun[-1]
+        start, spread = begun[-1], 0  # the first `spread` rows may be anywhere, the others at their positions only
         g[torch.arange(start), position[:start]] = read[:start]
         for layer in reversed(range(model.n_layers)):
             mlp, attn = depth_of(layer, "mlp"), depth_of(layer, "attn")
-            self._meet(mlp, g[: begun[mlp + 1]], weight)
+            before, reading, after = begun[mlp + 1], begun[mlp], begun[attn]
+            self._meet(mlp, g[:before], weight)
             if (W_skip := model.mlp[layer].dictionary.W_skip) is not None:
-                above = g[: begun[mlp + 1]]
-                above += centre(above @ W_skip.T) / model.trace.sigma_mid[layer, :n_pos, None]
-            new = torch.arange(begun[mlp + 1], begun[mlp])
+                g[:before] += centre(g[:before] @ W_skip.T) / model.trace.sigma_mid[layer, :n_pos, None]
+            new = torch.arange(before, reading)
             g[new, position[new]] = read[new]
-            self._meet(attn, g[: begun[mlp]], weight)
-            first = 0 if model.attn[layer].dictionary.is_open else begun[mlp]
-            if first == begun[attn]:
-                continue
-            z = g.new_zeros(begun[attn] - first, n_pos, g.shape[2])
-            if first == 0:
-                torch.matmul(g[: begun[mlp]], model.W_O(layer).T, out=z[: begun[mlp]])
-            new = torch.arange(begun[mlp], begun[attn])
-            z[new - first, position[new]] = read[new]
-            g[first : begun[attn]] += self._moved(layer, z) @ self.W_V[layer]
+            self._meet(attn, g[:reading], weight)
+            is_open = model.attn[layer].dictionary.is_open
+            if is_open and layer == 0:
+                for t, moved in enumerate(self.moved[:n_pos]):
+                    weight[:, : len(moved)].addmm_(g[:, t], moved.T)
+            elif is_open:
+                self._pass(layer, g[:spread])
+                rows = torch.arange(spread, reading)
+                g[rows] += self._first_pass(layer, g[rows, position[rows]] @ model.W_O(layer).T, position[rows], n_pos)
+                spread = reading
+            elif after > reading:
+                rows = torch.arange(reading, after)
+                g[rows] = self._first_pass(layer, read[rows], position[rows], n_pos)
+                spread = after
         self._meet(-1, g, weight)
         return weight
 
@@ -131,17 +138,36 @@ class _Carry:
         """Dot rows with the writes of the sources at a depth."""
         for position, start, end in self.cells.get(depth, []) if len(g) else []:
             if position < g.shape[1]:
-                torch.mm(g[:, position], self.sources.write[start:end].T, out=weight[: len(g), start:end])
+                weight[: len(g), start:end].addmm_(g[:, position], self.sources.write[start:end].T)
 
-    def _moved(self, layer: int, z: Float[torch.Tensor, "row pos z"]) -> Float[torch.Tensor, "row pos z"]:
-        """From queries to keys, head by head, over sigma_pre at the keys."""
-        n_pos, n_heads = z.shape[1], self.moving.shape[1]
+    def _pass(self, layer: int, g: Float[torch.Tensor, "row pos d_model"]) -> None:
+        """Add to each row what open attention hands from queries to keys."""
+        n_pos, n_heads = g.shape[1], self.moving.shape[1]
+        z = g @ self.model.W_O(layer).T
         moved = torch.empty_like(z)
         for moving, before, after in zip(
             self.moving[layer, :, :n_pos, :n_pos], z.chunk(n_heads, 2), moved.chunk(n_heads, 2), strict=True
         ):
             torch.bmm(moving.expand(len(z), -1, -1), before, out=after)
-        return moved
+        g.flatten(0, 1).addmm_(moved.flatten(0, 1), self.W_V[layer].flatten(0, 1))
+
+    def _first_pass(
+        self, layer: int, z: Float[torch.Tensor, "row z"], position: Int[torch.Tensor, " row"], n_pos: int
+    ) -> Float[torch.Tensor, "row pos d_model"]:
+        """What attention hands to the keys of rows that read z at one query only, their own."""
+        per_head = torch.einsum("rhe,hed->rhd", z.unflatten(1, (self.moving.shape[1], -1)), self.W_V[layer])
+        return self.moving[layer][:, :n_pos, position].permute(2, 1, 0) @ per_head
+
+    def _moved_embeddings(self) -> list[Float[torch.Tensor, "source d_model"]]:
+        """For each query, what the first layer's attention moves there of the sources below it."""
+        n = int((self.sources.depth < 0).sum())
+        position = self.sources.position[:n]
+        value = torch.einsum("nd,hed->nhe", self.sources.write[:n], self.W_V[0])
+        return [
+            (value[: int((position <= t).sum())] * moving[:, position[position <= t]].T[:, :, None]).flatten(1)
+            @ self.model.W_O(0)
+            for t, moving in enumerate(self.moving[0].unbind(2))
+        ]
 
 
 def _per_head(at: AttentionTargets) -> Targets:

@@ -1,0 +1,201 @@
+"""Rows of direct edges against circuit-tracer 0.5.0, on the same weights and the same targets.
+
+    python -m benchmarks.bench_circuit_tracer 32|64
+
+A random model of GPT-2 small's shape with random MLP transcoders of 24,576 features in all 12 layers, their biases
+set so that about 50 fire on a token; attention is frozen and passed through; a prompt of 32 or 64 random tokens;
+float32, both on 2 threads. circuit-tracer picks 2,048 targets (10 logits and the features of most influence), and a
+row holds the edges into one target from all active features, errors and embeddings. Its seconds are those of its
+computation of rows alone, without its forward pass, encoding and ranking. Ours are of the same rows, with more
+sources: biases, position embeddings, and the MLPs on the first token, which it leaves out. Compared are all edges of
+its graph, node for node.
+
+circuit-tracer is installed into an environment of its own under .cache, which shares torch with this one.
+Prints one JSON object.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file, save_file
+
+from atlas.records import Kind
+from benchmarks.bench_ingest import gpt2_shaped
+from ingest.edges import Sources, Targets, depth_of
+from ingest.model import MINI
+from ingest.nodes import Group, Nodes
+from ingest.open_paths import edge_rows, in_order
+from ingest.replacement import ReplacementModel, centre
+from ingest.setup import Setup
+
+VERSION = "0.5.0"
+THREADS, BATCH, N_ROWS, N_LOGITS, REPEATS = 2, 256, 2048, 10, 3
+
+
+def main(n_tokens: int) -> None:
+    """Measure and print."""
+    torch.set_num_threads(THREADS)
+    python = environment()
+    setup = gpt2_shaped(sites=("mlp",))
+    tokens = torch.randint(1, 50_000, (n_tokens - 1,), generator=torch.Generator().manual_seed(1))
+    replacement = setup.replace([setup.model.bos, *tokens.tolist()])
+    with tempfile.TemporaryDirectory() as name:
+        write(Path(name), setup, replacement)
+        side = Path(__file__).with_name("circuit_tracer_side.py")
+        done = subprocess.run([str(python), str(side), name], check=True, stdout=subprocess.PIPE, text=True)
+        graph = load_file(Path(name) / "graph.safetensors")
+    theirs = json.loads(done.stdout.strip().splitlines()[-1])
+    nodes = every_node(setup, replacement)
+    sources, targets = sources_of(nodes), targets_of(graph, replacement)
+    took: list[tuple[float, float]] = []
+    for _ in range(REPEATS):
+        started, cpu = time.perf_counter(), time.process_time()
+        edges = all_rows(sources, targets, replacement)
+        took.append((time.perf_counter() - started, time.process_time() - cpu))
+    compared, worst = difference(graph, edges[:, sources.node.argsort()], nodes)
+    wall, cpu = (statistics.median(column) for column in zip(*took, strict=True))
+    own, other = len(edges) / wall, theirs["rows"] / theirs["rows_s"]
+    print(
+        json.dumps(
+            {
+                "tokens": n_tokens,
+                "targets (rows)": theirs["rows"],
+                "sources": len(sources.node),
+                "circuit-tracer, rows a second": round(other, 1),
+                "rows a second": round(own, 1),
+                "rows a second / circuit-tracer's (goal: at least 40)": round(own / other, 1),
+                "the same by processor time": round(theirs["cpu_s"] / theirs["rows"] * len(edges) / cpu, 1),
+                "circuit-tracer with its forward pass, encoding and ranking, s": round(theirs["whole_s"], 1),
+                "circuit-tracer, peak memory, GB": round(theirs["peak_gb"], 1),
+                "edges compared": compared,
+                "largest difference / the target's largest edge (goal: at most 0.001)": float(f"{worst:.1e}"),
+            }
+        )
+    )
+
+
+def environment() -> Path:
+    """The Python that has circuit-tracer, installed now unless it was before."""
+    folder = Path(__file__).parents[1] / ".cache" / f"circuit-tracer-{VERSION}"
+    python = folder / "bin" / "python"
+    if not (folder / "ready").exists():
+        venv.create(folder, with_pip=True, clear=True)
+        (site,) = folder.glob("lib/python*/site-packages")
+        (site / "zz-shared.pth").write_text(f"{Path(torch.__file__).parents[1]}\n", encoding="utf-8")
+        wanted = f"circuit-tracer=={VERSION}"
+        subprocess.run([python, "-m", "pip", "install", "-q", wanted], check=True, stdout=sys.stderr)
+        (folder / "ready").touch()
+    return python
+
+
+def write(folder: Path, setup: Setup, replacement: ReplacementModel) -> None:
+    """The weights as circuit-tracer reads them, and what is asked of it."""
+    bridge, weights, trace = setup.model.bridge, setup.model.weights, replacement.trace
+    tensors = {"tokens": trace.tokens, "embed.W_E": bridge.W_E, "pos_embed.W_pos": trace.pos_embed}
+    tensors |= {"unembed.W_U": weights.W_U, "unembed.b_U": weights.b_U}
+    for layer in range(replacement.n_layers):
+        for name in ("W_Q", "b_Q", "W_K", "b_K", "W_V", "b_V", "W_O", "b_O"):
+            tensors[f"blocks.{layer}.attn.{name}"] = getattr(weights, name)[layer]
+        for name in ("W_in", "b_in", "W_out", "b_out"):
+            tensors[f"blocks.{layer}.mlp.{name}"] = getattr(bridge, name)[layer]
+        d = replacement.mlp[layer].dictionary
+        parts = {"W_enc": d.W_enc.T, "b_enc": d.b_enc, "W_dec": d.W_dec, "b_dec": d.b_dec}
+        save_file({name: part.contiguous() for name, part in parts.items()}, folder / f"transcoder.{layer}.safetensors")
+    save_file(
+        {name: part.detach().clone(memory_format=torch.contiguous_format) for name, part in tensors.items()},
+        folder / "model.safetensors",
+    )
+    request = {"threads": THREADS, "batch": BATCH, "rows": N_ROWS, "logits": N_LOGITS, "eps": bridge.cfg.eps}
+    request["tokenizer"] = str(MINI / "tokenizer.json")
+    (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
+
+
+def every_node(setup: Setup, replacement: ReplacementModel) -> Nodes:
+    """Every node of the prompt that writes."""
+    every = torch.arange(len(replacement.trace.tokens))
+    groups = [Group(Kind.EMBEDDING, -1, "", every, every), Group(Kind.POSITION, -1, "", every, every)]
+    for layer in range(replacement.n_layers):
+        site = replacement.mlp[layer]
+        groups += [
+            Group(Kind.BIAS, layer, "attn", every, every),
+            Group(Kind.MLP, layer, "mlp", site.position, torch.arange(len(site.position))),
+            Group(Kind.ERROR, layer, "mlp", every, every),
+            Group(Kind.BIAS, layer, "mlp", every, every),
+        ]
+    return Nodes("bench", setup.model, replacement, groups, [], [])
+
+
+def sources_of(nodes: Nodes) -> Sources:
+    """All nodes with what they write, in order."""
+    return in_order(
+        Sources(
+            node=torch.arange(len(nodes)),
+            depth=torch.cat([torch.full_like(g.position, depth_of(g.layer, g.site)) for g in nodes.circuit]),
+            position=torch.cat([g.position for g in nodes.circuit]),
+            write=torch.cat([nodes.write(g) for g in nodes.circuit]),
+        )
+    )
+
+
+def targets_of(graph: dict[str, torch.Tensor], replacement: ReplacementModel) -> Targets:
+    """The targets that circuit-tracer chose, in its graph's order: features, then logits at the last token."""
+    trace = replacement.trace
+    layer, position, index = graph["features"].T
+    encoder = torch.stack(
+        [replacement.mlp[at].dictionary.W_enc[:, i] for at, i in zip(layer.tolist(), index.tolist(), strict=True)]
+    )
+    last = torch.full_like(graph["logits"], len(trace.tokens) - 1)
+    read = [
+        centre(encoder) / trace.sigma_mid[layer, position, None],
+        centre(replacement.weights.W_U.T[graph["logits"]]) / trace.sigma_final[last, None],
+    ]
+    n = len(layer) + len(last)
+    return Targets(
+        node=torch.arange(n),
+        depth=torch.cat([2 * layer + 1, torch.full_like(last, 2 * replacement.n_layers)]),
+        position=torch.cat([position, last]),
+        read=torch.cat(read),
+        value=torch.zeros(n),
+    )
+
+
+def all_rows(sources: Sources, targets: Targets, replacement: ReplacementModel) -> Float[torch.Tensor, "target source"]:
+    """Every edge into every target."""
+    edges = torch.empty(len(targets.node), len(sources.node))
+    for numbers, weight in edge_rows(sources, targets, replacement):
+        edges[numbers] = weight
+    return edges
+
+
+def difference(
+    graph: dict[str, torch.Tensor], edges: Float[torch.Tensor, "target node"], nodes: Nodes
+) -> tuple[int, float]:
+    """How many edges are compared, and their largest difference as a share of the target's largest edge."""
+    features, n_pos = graph["features"].tolist(), len(nodes.replacement.trace.tokens)
+    number = {group.key: i for i, group in enumerate(nodes.circuit)}
+    found: list[int] = []
+    for layer, position, index in features:
+        place = nodes.replacement.mlp[layer].find(position, index)
+        assert place is not None, "a feature fires in circuit-tracer and not here"
+        found.append(int(nodes.first[number[Kind.MLP, layer, "mlp"]]) + place)
+    errors = [nodes.numbers(number[Kind.ERROR, layer, "mlp"]) for layer in range(nodes.replacement.n_layers)]
+    ours = torch.cat([torch.tensor(found), *errors, nodes.numbers(0)])
+    first = torch.arange(len(features), len(ours) - n_pos, n_pos)  # the MLPs on the first token, which it leaves out
+    both = torch.ones(len(ours), dtype=torch.bool)
+    both[first] = False
+    theirs = torch.cat([graph["edges"][: len(features)], graph["edges"][-len(graph["logits"]) :]])[:, : len(ours)]
+    a, b = edges[:, ours[both]], theirs[:, both]
+    off = (a - b).abs().max(1).values / b.abs().max(1).values
+    return a.numel(), float(off.max())
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
