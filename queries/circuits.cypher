@@ -31,7 +31,9 @@
 
 // One way in, by the narrowest thing that is given.
 CALL () {
-  MATCH (:Feature {id: $feature})<-[:OF]-(:CircuitNode)<-[:INCLUDES]-(c:Circuit)
+  WITH $feature AS id
+  WHERE id IS NOT NULL
+  MATCH (:Feature {id: id})<-[:OF]-(:CircuitNode)<-[:INCLUDES]-(c:Circuit)
   RETURN c
   UNION
   UNWIND CASE WHEN $feature IS NULL AND $prompt IS NOT NULL THEN [$prompt] ELSE [] END AS id

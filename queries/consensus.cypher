@@ -33,7 +33,11 @@ CALL (circuits) {
          count(DISTINCT c) AS n_circuits, sum(share) AS share
   UNION ALL
   UNWIND circuits AS c
-  MATCH (c)-[:INCLUDES]->(s:CircuitNode)-[e:DIRECT|OV]->(t:CircuitNode)<-[:INCLUDES]-(c)
+  MATCH (c)-[:INCLUDES]->(n:CircuitNode)
+  WITH c, collect(n) AS members
+  UNWIND members AS t
+  MATCH (t)<-[e:DIRECT|OV]-(s:CircuitNode)
+  WHERE s IN members
   MATCH (s)-[:OF]->(f:Feature)
   MATCH (t)-[:OF]->(g:Feature)
   WITH f, g, c, e, CASE WHEN t.pre_activation <> 0 THEN e.weight / t.pre_activation ELSE 0.0 END AS share

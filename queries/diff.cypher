@@ -52,7 +52,11 @@ CALL (c) {
   RETURN 'node' AS part, s, null AS t, null AS via, null AS layer, null AS head,
          CASE WHEN c.root_value <> 0 THEN part.attribution / c.root_value ELSE 0.0 END AS share
   UNION ALL
-  MATCH (c)-[:INCLUDES]->(s:CircuitNode)-[e:DIRECT|OV]->(t:CircuitNode)<-[:INCLUDES]-(c)
+  MATCH (c)-[:INCLUDES]->(n:CircuitNode)
+  WITH collect(n) AS members
+  UNWIND members AS t
+  MATCH (t)<-[e:DIRECT|OV]-(s:CircuitNode)
+  WHERE s IN members
   RETURN 'edge' AS part, s, t, type(e) AS via, e.layer AS layer, e.head AS head,
          CASE WHEN t.pre_activation <> 0 THEN e.weight / t.pre_activation ELSE 0.0 END AS share
 }

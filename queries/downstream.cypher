@@ -28,10 +28,14 @@
 //   :param {feature: "mini/2/mlp/812", node: null, hops: 3, min_share: 0.1, via: null, limit: 50}
 
 CALL () {
-  MATCH (:Feature {id: $feature})<-[:OF]-(n:CircuitNode)
+  WITH $feature AS id
+  WHERE id IS NOT NULL
+  MATCH (:Feature {id: id})<-[:OF]-(n:CircuitNode)
   RETURN n
   UNION
-  MATCH (n:CircuitNode {id: $node})
+  WITH $node AS id
+  WHERE id IS NOT NULL
+  MATCH (n:CircuitNode {id: id})
   RETURN n
 }
 WITH collect(n) AS start

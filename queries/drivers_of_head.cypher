@@ -23,14 +23,18 @@
 
 CALL () {
   UNWIND CASE WHEN coalesce($via, 'OV') = 'OV' THEN [$layer] ELSE [] END AS layer
-  MATCH (b:Feature)<-[r:FEEDS]-(a:Feature)
-  WHERE b.layer = layer AND b.site = 'attn' AND r.head = $head AND r.n_prompts >= $min_prompts
+  MATCH (b:Feature {layer: layer, site: 'attn'})
+  MATCH (b)<-[r:FEEDS]-(a:Feature)
+  WHERE r.head = $head AND r.n_prompts >= $min_prompts
   RETURN 'OV' AS via, a, b, r.n_prompts AS n_prompts, r.n_edges AS n_edges, r.mean_weight AS mean,
          r.mean_share AS mean_share
   UNION ALL
   UNWIND CASE WHEN coalesce($via, 'QK') = 'QK' THEN [$layer] ELSE [] END AS layer
-  MATCH (u:Activation)-[e:QK]->(v:Activation)
-  WHERE e.layer = layer AND e.head = $head
+  MATCH (score:AttentionScore {layer: layer, head: $head})
+  MATCH (score)-[:KEY]->(there:Token)
+  MATCH (there)<-[:AT]-(u:Activation)
+  MATCH (u)-[e:QK]->(v:Activation)
+  WHERE e.layer = score.layer AND e.head = score.head AND v.position = score.query
   MATCH (u)-[:OF]->(a:Feature)
   MATCH (v)-[:OF]->(b:Feature)
   WITH a, b, count(DISTINCT u.prompt) AS n_prompts, count(e) AS n_edges, avg(e.score) AS mean

@@ -26,7 +26,26 @@
 // In Neo4j Browser, first:
 //   :param {a: "mini/1/mlp/95", b: "mini/2/attn/140", via: null, head: null, limit: 50}
 
-MATCH (:Feature {id: $a})<-[:OF]-(s:CircuitNode)-[e:DIRECT|OV]->(t:CircuitNode)-[:OF]->(:Feature {id: $b})
+MATCH (a:Feature {id: $a})
+MATCH (b:Feature {id: $b})
+WITH a, b, COUNT { (a)<-[:OF]-() } < COUNT { (b)<-[:OF]-() } AS from_a
+// Along the edges of the one with fewer nodes.
+CALL (a, b, from_a) {
+  WITH a, b
+  WHERE from_a
+  MATCH (a)<-[:OF]-(s:CircuitNode)
+  MATCH (s)-[e:DIRECT|OV]->(t:CircuitNode)
+  WHERE EXISTS { (t)-[:OF]->(b) }
+  RETURN s, e, t
+  UNION ALL
+  WITH a, b
+  WHERE NOT from_a
+  MATCH (b)<-[:OF]-(t:CircuitNode)
+  MATCH (t)<-[e:DIRECT|OV]-(s:CircuitNode)
+  WHERE EXISTS { (s)-[:OF]->(a) }
+  RETURN s, e, t
+}
+WITH s, e, t
 WHERE ($via IS NULL OR type(e) = $via) AND ($head IS NULL OR e.head = $head)
 WITH s, e, t, CASE WHEN t.pre_activation <> 0 THEN e.weight / t.pre_activation END AS share
 ORDER BY abs(share) DESC, s.id, t.id, e.head

@@ -17,7 +17,9 @@
 //   :param {task: null, rule: "relative"}
 
 CALL () {
-  MATCH (p:Prompt {task: $task})-[:HAS_CIRCUIT]->(c:Circuit)
+  WITH $task AS task
+  WHERE task IS NOT NULL
+  MATCH (p:Prompt {task: task})-[:HAS_CIRCUIT]->(c:Circuit)
   RETURN p.task AS task, c
   UNION ALL
   UNWIND CASE WHEN $task IS NULL THEN [true] ELSE [] END AS everything

@@ -27,7 +27,9 @@
 //   :param {task: null, rule: "relative", min_faithfulness: null, limit: 20}
 
 CALL () {
-  MATCH (p:Prompt {task: $task})-[:HAS_CIRCUIT]->(c:Circuit)
+  WITH $task AS task
+  WHERE task IS NOT NULL
+  MATCH (p:Prompt {task: task})-[:HAS_CIRCUIT]->(c:Circuit)
   RETURN p, c
   UNION ALL
   UNWIND CASE WHEN $task IS NULL THEN [true] ELSE [] END AS everything

@@ -25,15 +25,24 @@
 //   :param {min_prompts: 5, length: 2, feature: null, via: null, among: 300, limit: 20}
 
 CALL () {
-  MATCH (a:Feature {id: $feature})-[r:FEEDS]->(b:Feature)
+  WITH $feature AS id
+  WHERE id IS NOT NULL
+  MATCH (a:Feature {id: id})-[r:FEEDS]->(b:Feature)
   RETURN r, a.id AS a, b.id AS b
   UNION ALL
-  MATCH (a:Feature)-[r:FEEDS]->(b:Feature {id: $feature})
+  WITH $feature AS id
+  WHERE id IS NOT NULL
+  MATCH (b:Feature {id: id})<-[r:FEEDS]-(a:Feature)
   RETURN r, a.id AS a, b.id AS b
   UNION ALL
-  UNWIND CASE WHEN $feature IS NULL THEN [true] ELSE [] END AS everything
+  WITH $feature AS id
+  WHERE id IS NULL
   MATCH (a:Feature)-[r:FEEDS]->(b:Feature)
-  WHERE r.n_prompts >= $min_prompts
+  WHERE r.n_prompts >= $min_prompts AND ($via IS NULL OR r.via = $via)
+  WITH r, a, b
+  // Ordered here as well: Neo4j then reads no more of its index than it needs.
+  ORDER BY r.n_prompts DESC, abs(r.mean_share) DESC, a.id, b.id, r.head
+  LIMIT CASE WHEN $length = 2 THEN toInteger($limit) ELSE toInteger($among) END
   RETURN r, a.id AS a, b.id AS b
 }
 WITH r, a, b
@@ -58,20 +67,23 @@ CALL (pairs) {
        CASE WHEN r.n_prompts < q.n_prompts THEN r.n_prompts ELSE q.n_prompts END AS most
   ORDER BY most DESC, a.id, b.id, c.id, r.head, q.head
   LIMIT toInteger($limit)
-  // From the nodes of B along their few edges; from those of A as well it would be every node by every node.
-  MATCH (:Feature {id: b.id})<-[:OF]-(v:CircuitNode)
+  // Once along the edges of every node of B, whatever the number of chains through B.
+  WITH b, collect({r: r, q: q, a: a.id, c: c.id}) AS chains, collect(DISTINCT a.id) AS firsts,
+       collect(DISTINCT c.id) AS lasts
+  MATCH (b)<-[:OF]-(v:CircuitNode)
   MATCH (v)<-[e:DIRECT|OV]-(u:CircuitNode)
-  WHERE type(e) = r.via AND coalesce(e.head, -1) = coalesce(r.head, -1)
-  WITH a, r, b, q, c, v, e, u
   MATCH (u)-[:OF]->(x:Feature)
-  WHERE x.id = a.id
-  WITH a, r, b, q, c, v, e
+  WHERE x.id IN firsts
+  WITH b, chains, lasts, v, e, x
   MATCH (v)-[f:DIRECT|OV]->(w:CircuitNode)
-  WHERE type(f) = q.via AND coalesce(f.head, -1) = coalesce(q.head, -1)
-  WITH a, r, b, q, c, v, e, f, w
   MATCH (w)-[:OF]->(y:Feature)
-  WHERE y.id = c.id
-  WITH a, r, b, q, c, v.prompt AS prompt,
+  WHERE y.id IN lasts
+  WITH x AS a, b, y AS c, v, e, f, w,
+       [chain IN chains WHERE chain.a = x.id AND chain.c = y.id
+         AND type(e) = chain.r.via AND coalesce(e.head, -1) = coalesce(chain.r.head, -1)
+         AND type(f) = chain.q.via AND coalesce(f.head, -1) = coalesce(chain.q.head, -1)] AS matching
+  UNWIND matching AS chain
+  WITH a, chain.r AS r, b, chain.q AS q, c, v.prompt AS prompt,
        CASE WHEN v.pre_activation <> 0 AND w.pre_activation <> 0
             THEN e.weight / v.pre_activation * f.weight / w.pre_activation ELSE 0.0 END AS share
   WITH a, r, b, q, c, count(DISTINCT prompt) AS n_prompts, count(*) AS n_edges, avg(share) AS mean_share

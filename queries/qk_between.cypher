@@ -24,9 +24,25 @@
 // In Neo4j Browser, first:
 //   :param {a: "mini/0/mlp/95", b: "mini/1/mlp/140", limit: 50}
 
-MATCH (v:CircuitNode)-[:OF]->(:Feature {id: $a})
-MATCH (v)-[e:QK]->(u:CircuitNode)
-MATCH (u)-[:OF]->(:Feature {id: $b})
+MATCH (a:Feature {id: $a})
+MATCH (b:Feature {id: $b})
+WITH a, b, COUNT { (a)<-[:OF]-() } < COUNT { (b)<-[:OF]-() } AS from_a
+// Along the edges of the one with fewer nodes.
+CALL (a, b, from_a) {
+  WITH a, b
+  WHERE from_a
+  MATCH (a)<-[:OF]-(v:CircuitNode)
+  MATCH (v)-[e:QK]->(u:CircuitNode)
+  WHERE EXISTS { (u)-[:OF]->(b) }
+  RETURN v, e, u
+  UNION ALL
+  WITH a, b
+  WHERE NOT from_a
+  MATCH (b)<-[:OF]-(u:CircuitNode)
+  MATCH (u)<-[e:QK]-(v:CircuitNode)
+  WHERE EXISTS { (v)-[:OF]->(a) }
+  RETURN v, e, u
+}
 WITH v, e, u
 ORDER BY abs(e.score) DESC, v.id, u.id, e.layer, e.head
 LIMIT toInteger($limit)

@@ -221,8 +221,11 @@ def diff(store: Store, a: str, b: str, *, limit: int = 200) -> pd.DataFrame:
     return ask(store, "diff", {"a": a, "b": b, "limit": limit})
 
 
-def similar_circuits(store: Store, circuit: str, *, among: int = 200, limit: int = 20) -> pd.DataFrame:
-    """The circuits made of the same features, weighted by attribution, among the `among` that share most."""
+def similar_circuits(store: Store, circuit: str, *, among: int = 100, limit: int = 20) -> pd.DataFrame:
+    """The circuits made of the same features, weighted by attribution, among those that share one of its rarest.
+
+    The rarest features are taken as long as the prompts in which they fire number at most `among`.
+    """
     return ask(store, "similar_circuits", {"circuit": circuit, "among": among, "limit": limit})
 
 

@@ -2,7 +2,7 @@
 //
 // Parameters:
 //   circuit: circuit; e.g. "4f1c09d2a6b8e735/9/2/mlp/812/relative"; id of the circuit
-//   among: integer 1.. = 200; e.g. 1000; how many circuits to compare, those that share most with it
+//   among: integer 1.. = 100; e.g. 300; look for others by its rarest features, which fire in this many prompts in all
 //   limit: integer 0.. = 20; e.g. 50; the most rows to return
 //
 // Columns, the most similar first:
@@ -16,22 +16,32 @@
 //   similarity*: float; shared over the sum of the larger of both weights over all features; 1 for equal circuits
 //
 // In Neo4j Browser, first:
-//   :param {circuit: "4f1c09d2a6b8e735/9/2/mlp/812/relative", among: 200, limit: 20}
+//   :param {circuit: "4f1c09d2a6b8e735/9/2/mlp/812/relative", among: 100, limit: 20}
 
 MATCH (c:Circuit {id: $circuit})-[part:INCLUDES]->(:CircuitNode)-[:OF]->(f:Feature)
 WHERE c.root_value <> 0
 WITH c, f, sum(abs(part.attribution / c.root_value)) AS own
-WITH c, collect({feature: f, own: own}) AS mine, sum(own) AS ours
-UNWIND mine AS pair
-WITH c, ours, pair.feature AS f, pair.own AS own
-MATCH (f)<-[:OF]-(n:CircuitNode)<-[part:INCLUDES]-(d:Circuit)
-WHERE d.id <> c.id AND d.root_value <> 0 AND NOT d:MultiToken
-WITH ours, d, f, own, sum(abs(part.attribution / d.root_value)) AS other
-WITH ours, d, count(f) AS n_shared, sum(CASE WHEN own < other THEN own ELSE other END) AS shared
-ORDER BY shared DESC, d.id
-LIMIT toInteger($among)
-MATCH (d)-[part:INCLUDES]->(:CircuitNode)-[:OF]->(:Feature)
-WITH ours, d, n_shared, shared, sum(abs(part.attribution / d.root_value)) AS theirs
+WITH c, f, own, COUNT { (f)-[:FIRES_ON]->() } AS n_prompts
+ORDER BY n_prompts, f.id
+WITH c, sum(own) AS ours, collect(f) AS features, collect({feature: f.id, own: own}) AS mine, collect(n_prompts) AS counts
+CALL (c, features, counts) {
+  UNWIND range(0, size(features) - 1) AS i
+  WITH c, features[i] AS f, i, reduce(n = 0, k IN counts[0..i + 1] | n + k) AS n_prompts
+  WHERE i = 0 OR n_prompts <= $among
+  MATCH (f)<-[:OF]-(n:CircuitNode)
+  MATCH (n)<-[:INCLUDES]-(d:Circuit)
+  WHERE d.id <> c.id AND d.root_value <> 0 AND NOT d:MultiToken
+  RETURN collect(DISTINCT d) AS others
+}
+UNWIND others AS d
+CALL (d, features, mine) {
+  MATCH (d)-[part:INCLUDES]->(n:CircuitNode)
+  MATCH (n)-[:OF]->(g:Feature)
+  WITH d, features, mine, g, sum(abs(part.attribution / d.root_value)) AS other
+  WITH other, CASE WHEN g IN features THEN [pair IN mine WHERE pair.feature = g.id | pair.own][0] END AS own
+  RETURN sum(other) AS theirs, count(own) AS n_shared,
+         sum(CASE WHEN own < other THEN own WHEN own IS NOT NULL THEN other ELSE 0.0 END) AS shared
+}
 WITH d, n_shared, shared, shared / (ours + theirs - shared) AS similarity
 ORDER BY similarity DESC, d.id
 LIMIT toInteger($limit)

@@ -23,7 +23,9 @@
 
 // One way in, by the narrowest thing that is given.
 CALL () {
-  MATCH (:Feature {id: $feature})<-[:OF]-(s:Span)
+  WITH $feature AS id
+  WHERE id IS NOT NULL
+  MATCH (:Feature {id: id})<-[:OF]-(s:Span)
   RETURN s
   UNION ALL
   UNWIND CASE WHEN $feature IS NULL AND $prompt IS NOT NULL THEN [$prompt] ELSE [] END AS id

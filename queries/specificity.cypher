@@ -22,7 +22,26 @@
 //   :param {a: "mini/1/mlp/95", b: "mini/2/attn/140", c: null, task: null, via: null, head: null}
 
 CALL () {
-  MATCH (:Feature {id: $a})<-[:OF]-(s:CircuitNode)-[e:DIRECT|OV]->(t:CircuitNode)-[:OF]->(:Feature {id: $b})
+  MATCH (a:Feature {id: $a})
+  MATCH (b:Feature {id: $b})
+  WITH a, b, COUNT { (a)<-[:OF]-() } < COUNT { (b)<-[:OF]-() } AS from_a
+  // Along the edges of the one with fewer nodes.
+  CALL (a, b, from_a) {
+    WITH a, b
+    WHERE from_a
+    MATCH (a)<-[:OF]-(s:CircuitNode)
+    MATCH (s)-[e:DIRECT|OV]->(t:CircuitNode)
+    WHERE EXISTS { (t)-[:OF]->(b) }
+    RETURN s, e, t
+    UNION ALL
+    WITH a, b
+    WHERE NOT from_a
+    MATCH (b)<-[:OF]-(t:CircuitNode)
+    MATCH (t)<-[e:DIRECT|OV]-(s:CircuitNode)
+    WHERE EXISTS { (s)-[:OF]->(a) }
+    RETURN s, e, t
+  }
+  WITH e, t
   WHERE ($via IS NULL OR type(e) = $via) AND ($head IS NULL OR e.head = $head)
   WITH DISTINCT t
   CALL (t) {
@@ -50,12 +69,12 @@ CALL () {
 WITH task, n_with, n_task, n_motif, n_all,
      CASE WHEN n_motif < n_task THEN n_motif ELSE n_task END AS n_most
 WHERE n_task > 0
-// The logarithm of the chance of exactly n_with: C(n_motif, n_with) C(n_all - n_motif, n_task - n_with) / C(n_all, n_task)
+// The logarithm of the chance of exactly n_with: C(n_task, n_with) C(n_all - n_task, n_motif - n_with) / C(n_all, n_motif)
 WITH task, n_with, n_task, n_motif, n_all, n_most,
-     reduce(sum = 0.0, i IN range(1, n_with) | sum + log(toFloat(n_motif - n_with + i) / i))
-     + reduce(sum = 0.0, i IN range(1, n_task - n_with) |
-         sum + log(toFloat(n_all - n_motif - n_task + n_with + i) / i))
-     - reduce(sum = 0.0, i IN range(1, n_task) | sum + log(toFloat(n_all - n_task + i) / i)) AS log_chance
+     reduce(sum = 0.0, i IN range(1, n_with) | sum + log(toFloat(n_task - n_with + i) / i))
+     + reduce(sum = 0.0, i IN range(1, n_motif - n_with) |
+         sum + log(toFloat(n_all - n_task - n_motif + n_with + i) / i))
+     - reduce(sum = 0.0, i IN range(1, n_motif) | sum + log(toFloat(n_all - n_motif + i) / i)) AS log_chance
 // From each count to the next the chance changes by a ratio of four factors.
 WITH task, n_with, n_task, n_motif, n_all,
      reduce(state = [log_chance, exp(log_chance)], x IN range(n_with, n_most - 1) | [

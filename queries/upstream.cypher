@@ -28,46 +28,50 @@
 //   :param {feature: "mini/2/mlp/812", node: null, hops: 3, min_share: 0.1, via: null, limit: 50}
 
 CALL () {
-  MATCH (:Feature {id: $feature})<-[:OF]-(n:CircuitNode)
+  WITH $feature AS id
+  WHERE id IS NOT NULL
+  MATCH (:Feature {id: id})<-[:OF]-(n:CircuitNode)
   RETURN n
   UNION
-  MATCH (n:CircuitNode {id: $node})
+  WITH $node AS id
+  WHERE id IS NOT NULL
+  MATCH (n:CircuitNode {id: id})
   RETURN n
 }
 WITH collect(n) AS start
 CALL (start) {
   UNWIND start AS t
-  MATCH (s:CircuitNode)-[e:DIRECT|OV]->(t)
+  MATCH (t)<-[e:DIRECT|OV]-(s:CircuitNode)
   WHERE ($via IS NULL OR type(e) = $via) AND abs(e.weight) >= $min_share * abs(t.pre_activation)
   RETURN collect(e) AS edges1, collect(DISTINCT s) AS near1
 }
 CALL (near1) {
   UNWIND CASE WHEN $hops >= 2 THEN near1 ELSE [] END AS t
-  MATCH (s:CircuitNode)-[e:DIRECT|OV]->(t)
+  MATCH (t)<-[e:DIRECT|OV]-(s:CircuitNode)
   WHERE ($via IS NULL OR type(e) = $via) AND abs(e.weight) >= $min_share * abs(t.pre_activation)
   RETURN collect(e) AS edges2, collect(DISTINCT s) AS near2
 }
 CALL (near2) {
   UNWIND CASE WHEN $hops >= 3 THEN near2 ELSE [] END AS t
-  MATCH (s:CircuitNode)-[e:DIRECT|OV]->(t)
+  MATCH (t)<-[e:DIRECT|OV]-(s:CircuitNode)
   WHERE ($via IS NULL OR type(e) = $via) AND abs(e.weight) >= $min_share * abs(t.pre_activation)
   RETURN collect(e) AS edges3, collect(DISTINCT s) AS near3
 }
 CALL (near3) {
   UNWIND CASE WHEN $hops >= 4 THEN near3 ELSE [] END AS t
-  MATCH (s:CircuitNode)-[e:DIRECT|OV]->(t)
+  MATCH (t)<-[e:DIRECT|OV]-(s:CircuitNode)
   WHERE ($via IS NULL OR type(e) = $via) AND abs(e.weight) >= $min_share * abs(t.pre_activation)
   RETURN collect(e) AS edges4, collect(DISTINCT s) AS near4
 }
 CALL (near4) {
   UNWIND CASE WHEN $hops >= 5 THEN near4 ELSE [] END AS t
-  MATCH (s:CircuitNode)-[e:DIRECT|OV]->(t)
+  MATCH (t)<-[e:DIRECT|OV]-(s:CircuitNode)
   WHERE ($via IS NULL OR type(e) = $via) AND abs(e.weight) >= $min_share * abs(t.pre_activation)
   RETURN collect(e) AS edges5, collect(DISTINCT s) AS near5
 }
 CALL (near5) {
   UNWIND CASE WHEN $hops >= 6 THEN near5 ELSE [] END AS t
-  MATCH (s:CircuitNode)-[e:DIRECT|OV]->(t)
+  MATCH (t)<-[e:DIRECT|OV]-(s:CircuitNode)
   WHERE ($via IS NULL OR type(e) = $via) AND abs(e.weight) >= $min_share * abs(t.pre_activation)
   RETURN collect(e) AS edges6
 }

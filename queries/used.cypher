@@ -24,14 +24,24 @@
 //   :param {show: "weak", feature: null, via: null, among: 1000, limit: 20}
 
 CALL () {
-  MATCH (a:Feature {id: $feature})-[r:FEEDS]->(b:Feature)
+  WITH $feature AS id
+  WHERE id IS NOT NULL
+  MATCH (a:Feature {id: id})-[r:FEEDS]->(b:Feature)
   RETURN a, r, b
   UNION ALL
-  MATCH (a:Feature)-[r:FEEDS]->(b:Feature {id: $feature})
+  WITH $feature AS id
+  WHERE id IS NOT NULL
+  MATCH (b:Feature {id: id})<-[r:FEEDS]-(a:Feature)
   RETURN a, r, b
   UNION ALL
-  UNWIND CASE WHEN $feature IS NULL THEN [true] ELSE [] END AS everything
+  WITH $feature AS id
+  WHERE id IS NULL
   MATCH (a:Feature)-[r:FEEDS]->(b:Feature)
+  WHERE r.n_prompts >= 1 AND ($via IS NULL OR r.via = $via)
+  WITH a, r, b
+  // Ordered here as well: Neo4j then reads no more of its index than it needs.
+  ORDER BY r.n_prompts DESC, abs(r.mean_share) DESC, a.id, b.id, r.head
+  LIMIT toInteger($among)
   RETURN a, r, b
 }
 WITH a, r, b, CASE WHEN r.via = 'DIRECT' THEN 'MLP' ELSE r.via END AS kind

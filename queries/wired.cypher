@@ -24,10 +24,14 @@
 //   :param {show: "unused", feature: null, via: null, among: 1000, limit: 20}
 
 CALL () {
-  MATCH (a:Feature {id: $feature})-[w:VIRTUAL_WEIGHT]->(b:Feature)
+  WITH $feature AS id
+  WHERE id IS NOT NULL
+  MATCH (a:Feature {id: id})-[w:VIRTUAL_WEIGHT]->(b:Feature)
   RETURN a, w, b
   UNION ALL
-  MATCH (a:Feature)-[w:VIRTUAL_WEIGHT]->(b:Feature {id: $feature})
+  WITH $feature AS id
+  WHERE id IS NOT NULL
+  MATCH (b:Feature {id: id})<-[w:VIRTUAL_WEIGHT]-(a:Feature)
   RETURN a, w, b
   UNION ALL
   UNWIND CASE WHEN $feature IS NULL THEN [true] ELSE [] END AS everything

@@ -469,12 +469,15 @@ def diff(t: Tables, a: str, b: str) -> pd.DataFrame:
     return both.assign(found=found, change=both["share_b"] - both["share_a"])
 
 
-def similar_circuits(t: Tables, circuit: str) -> pd.DataFrame:
+def similar_circuits(t: Tables, circuit: str, among: int) -> pd.DataFrame:
     rows = inside(t, t.circuits).query("part == 'node'").dropna(subset=["source_feature"])
     weights = rows.assign(w=rows["share"].abs()).pivot_table(
         index="source_feature", columns="circuit", values="w", aggfunc="sum", fill_value=0.0
     )
     own = weights[circuit]
+    fires = t.firings.groupby("feature").size().reindex(own[own > 0].index, fill_value=0)
+    fires = fires.sort_index().sort_values(kind="stable")
+    rarest = fires.index[(fires.cumsum() <= among) | (np.arange(len(fires)) == 0)]
     found = pd.DataFrame(
         {
             "n_shared": weights[own > 0].gt(0).sum(),
@@ -482,7 +485,8 @@ def similar_circuits(t: Tables, circuit: str) -> pd.DataFrame:
             "similarity": weights.apply(lambda o: np.minimum(own, o).sum() / np.maximum(own, o).sum()),
         }
     ).drop(index=circuit)
-    return found[found["n_shared"] > 0].reset_index(names="circuit").merge(t.circuits, on="circuit")
+    with_one = weights.loc[rarest].gt(0).any()
+    return found[with_one.reindex(found.index)].reset_index(names="circuit").merge(t.circuits, on="circuit")
 
 
 def specificity(t: Tables, a: str, b: str, c=None, task=None, via=None, head=None) -> pd.DataFrame:
