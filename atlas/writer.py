@@ -24,6 +24,7 @@ from atlas import feeds, multitoken
 from atlas.errors import AtlasError
 from atlas.features import make_missing
 from atlas.records import DictionaryRecord, Kind, NodeRecord, PromptRecord, ReplacementModelRecord, RunRecord
+from atlas.runs import this_process
 from atlas.schema import PROMPT_LABELS
 from atlas.store import Store
 
@@ -64,6 +65,14 @@ class WriteCounts:
     replaced: bool
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What a stored prompt was given with: its task, and the circuits that were asked for."""
+
+    task: str | None
+    requests: tuple[str, ...]
+
+
 def register(store: Store, model: ReplacementModelRecord, run: RunRecord) -> None:
     """Write the model, its dictionaries, the replacement model, and the run with status 'running'.
 
@@ -85,7 +94,11 @@ def register(store: Store, model: ReplacementModelRecord, run: RunRecord) -> Non
             "MATCH (r:ReplacementModel {id: row.model}) MATCH (d:Dictionary {id: row.id}) MERGE (r)-[:USES]->(d)",
             [{"model": model.id, "id": d.id} for d in model.dictionaries],
         )
-        _create(transaction, "MERGE (n:Run {id: row.id}) SET n = row", [{**asdict(run), "status": "running"}])
+        _create(
+            transaction,
+            "MERGE (n:Run {id: row.id}) SET n = row",
+            [{**asdict(run), "status": "running", "process": this_process()}],
+        )
 
     store.write(work)
 
@@ -133,13 +146,20 @@ def delete_prompt(store: Store, prompt_id: str) -> bool:
     return store.write(work)
 
 
-def stored_requests(store: Store, prompt_ids: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """For each of these prompts that is stored completely, the circuits that were asked for."""
+def asked_before(store: Store, prompt_ids: Sequence[str]) -> dict[str, Asked]:
+    """What those of these prompts were given with that are stored completely, by their ids."""
     found = store.read(
-        "UNWIND $ids AS id MATCH (p:Prompt {id: id}) WHERE p.complete RETURN p.id AS id, p.requests AS requests",
+        "UNWIND $ids AS id MATCH (p:Prompt {id: id}) WHERE p.complete "
+        "RETURN p.id AS id, p.task AS task, p.requests AS requests",
         ids=list(prompt_ids),
     )
-    return {str(id): tuple(requests) for id, requests in zip(found["id"], found["requests"], strict=True)}
+    rows = zip(found["id"], found["task"], found["requests"], strict=True)
+    return {str(id): Asked(task if isinstance(task, str) else None, tuple(requests)) for id, task, requests in rows}
+
+
+def set_task(store: Store, prompt_id: str, task: str) -> None:
+    """Give a stored prompt another task."""
+    store.change("MATCH (p:Prompt {id: $id}) SET p.task = $task", id=prompt_id, task=task)
 
 
 def _write_prompt(transaction: neo4j.ManagedTransaction, prompt: PromptRecord, run_id: str) -> WriteCounts:

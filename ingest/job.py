@@ -2,8 +2,8 @@
 
 text -> tokens -> trace -> active features -> replacement model -> circuits -> records -> transaction.
 What is stored already is not computed again: a prompt keeps the list of circuits that were asked for,
-and is replaced, with the earlier requests and the new ones, only where something new is asked. One
-thread writes while the next prompt is computed.
+and is replaced, with the earlier requests and the new ones, only where something new is asked. Its task
+is the last that it was given with. One thread writes while the next prompt is computed.
 """
 
 import hashlib
@@ -21,9 +21,10 @@ import atlas
 from atlas.errors import AtlasError
 from atlas.faithfulness import stored_shares
 from atlas.records import CircuitRecord, PromptRecord, RunRecord, SharesRecord
+from atlas.runs import end_lost
 from atlas.schema import prepare
 from atlas.store import Store
-from atlas.writer import finish_run, register, stored_requests, write_prompt
+from atlas.writer import Asked, asked_before, finish_run, register, set_task, write_prompt
 from ingest.circuits import CircuitRequest, prompt_record
 from ingest.faithfulness import Ablation, measured
 from ingest.graph import LOOK_SHARE
@@ -56,7 +57,7 @@ class Summary:
 
 
 def prepare_tasks(setup: Setup, prompts: Iterable[Prompt], truncate: bool, complain: Complain) -> list[Task]:
-    """Tokenize; prompts that are empty or too long go to `complain`, each prompt is taken once."""
+    """Tokenize; prompts that are empty or too long go to `complain`, each prompt is taken once, with its last task."""
     tasks: dict[str, Task] = {}
     n_ctx = setup.model.record.n_ctx
     for prompt in prompts:
@@ -74,7 +75,8 @@ def prepare_tasks(setup: Setup, prompts: Iterable[Prompt], truncate: bool, compl
             tokens = tokens[:n_ctx]
             prompt = replace(prompt, text=setup.model.text(tokens[1:]))
         id = prompt_id(setup, tokens)
-        tasks.setdefault(id, Task(prompt, id, tokens))
+        if id not in tasks or prompt.task is not None:
+            tasks[id] = Task(prompt, id, tokens)
     return list(tasks.values())
 
 
@@ -110,8 +112,9 @@ def run(
     config = json.dumps({"model": setup.record.name, "requests": [request.stored for request in requests]})
     run_id = str(uuid.uuid4())
     prepare(store)
+    end_lost(store)
     register(store, setup.record, RunRecord(run_id, config, datetime.now(UTC).isoformat(), atlas.__version__))
-    stored = stored_requests(store, [task.id for task in tasks])
+    stored = asked_before(store, [task.id for task in tasks])
     status = "failed"
     writer = _Writer(store, run_id)
     try:
@@ -119,7 +122,7 @@ def run(
             for task in tasks:
                 if time.monotonic() >= until:
                     break
-                _ingest(writer, setup, task, stored.get(task.id, ()), requests, complain, summary, by)
+                _ingest(writer, setup, task, stored.get(task.id), requests, complain, summary, by)
                 progress(summary)
         finally:
             writer.finish()
@@ -136,18 +139,23 @@ def _ingest(
     writer: "_Writer",
     setup: Setup,
     task: Task,
-    stored: Sequence[str],
+    stored: Asked | None,
     requests: Sequence[CircuitRequest],
     complain: Complain,
     summary: Summary,
     by: Ablation | None,
 ) -> None:
-    wanted = _merge(setup, stored, [*requests, *task.requests])
-    if {request.stored for request in wanted} == set(stored):
+    prompt, earlier = task.prompt, stored.requests if stored else ()
+    if stored and prompt.task is None:
+        prompt = replace(prompt, task=stored.task)
+    wanted = _merge(setup, earlier, [*requests, *task.requests])
+    if stored and {request.stored for request in wanted} == set(earlier):
+        if prompt.task is not None and prompt.task != stored.task:
+            set_task(writer.store, task.id, prompt.task)
         summary.skipped += 1
         return
     replacement = setup.replace(task.tokens)
-    record = prompt_record(task.prompt, task.id, setup.model, setup.record.id, replacement, wanted)
+    record = prompt_record(prompt, task.id, setup.model, setup.record.id, replacement, wanted)
     if not record.circuits:
         summary.refused += 1
         complain(f"{task.prompt.where}: none of the roots asked for is active in this prompt")

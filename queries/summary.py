@@ -4,6 +4,7 @@ import pandas as pd
 
 from atlas import Store
 from atlas.quality import LIMITS, faults
+from atlas.runs import lost
 
 _COUNTS = {
     "prompts": "MATCH (n:Prompt) RETURN count(n) AS n",
@@ -45,8 +46,9 @@ def summary(store: Store) -> pd.DataFrame:
     rows.append(("models", ", ".join(models) or "none"))
     rows += [(what, int(store.read(cypher)["n"].iloc[0])) for what, cypher in _COUNTS.items()]
     rows += _qualities(store)
-    runs = store.read(_RUNS)
-    for started, status, prompts in zip(runs["started"], runs["status"], runs["prompts"], strict=True):
+    runs, gone = store.read(_RUNS), lost(store)
+    for started, status, prompts, id in runs.itertuples(index=False):
+        status = "interrupted" if id in gone else status
         rows.append(("run", f"{started}, {status}, {prompts} {'prompt' if prompts == 1 else 'prompts'}"))
     return pd.DataFrame(rows, columns=["what", "value"])
 

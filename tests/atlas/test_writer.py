@@ -11,7 +11,7 @@ from atlas.multitoken import write_multitoken
 from atlas.records import DirectEdges, PromptRecord
 from atlas.store import Store
 from atlas.verify import verify
-from atlas.writer import WriteCounts, delete_prompt, finish_run, register, stored_requests, write_prompt
+from atlas.writer import Asked, WriteCounts, asked_before, delete_prompt, finish_run, register, write_prompt
 from tests.graph import graph_in, graph_of
 from tests.synthetic import synthetic_model, synthetic_multitoken, synthetic_prompt, synthetic_run
 
@@ -133,7 +133,7 @@ def test_a_broken_prompt_changes_nothing(ready: Store, broken) -> None:  # type:
 def test_a_run_that_is_not_there(ready: Store) -> None:
     with pytest.raises(AtlasError):
         write_prompt(ready, _small(1), "run-2")
-    assert stored_requests(ready, [_small(1).id]) == {}
+    assert asked_before(ready, [_small(1).id]) == {}
 
 
 def test_hostile_text_is_only_text(ready: Store) -> None:
@@ -156,7 +156,7 @@ def test_hostile_text_is_only_text(ready: Store) -> None:
     )
     write_prompt(ready, hostile, "run-1")
     assert graph_in(ready, hostile.id) == graph_of(hostile)
-    assert stored_requests(ready, [hostile.id]) == {hostile.id: hostile.requests}
+    assert asked_before(ready, [hostile.id]) == {hostile.id: Asked(hostile.task, hostile.requests)}
     assert delete_prompt(ready, hostile.id)
     assert _counts(ready).keys() & {"Prompt", "Token", "CircuitNode", "Circuit"} == set()
 
@@ -167,8 +167,8 @@ def test_requests_of_complete_prompts_only(ready: Store) -> None:
     write_prompt(ready, second, "run-1")
     query = "MATCH (p:Prompt {id: $id}) SET p.complete = false"
     ready.write(lambda transaction: transaction.run(query, id=second.id).consume())
-    assert stored_requests(ready, [second.id, "unknown", first.id]) == {first.id: first.requests}
-    assert stored_requests(ready, []) == {}
+    assert asked_before(ready, [second.id, "unknown", first.id]) == {first.id: Asked(first.task, first.requests)}
+    assert asked_before(ready, []) == {}
 
 
 def test_registering_again_changes_nothing(ready: Store) -> None:

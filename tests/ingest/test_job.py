@@ -19,6 +19,7 @@ from ingest.faithfulness import ablation
 from ingest.job import circuit_requests, prepare_tasks, run
 from ingest.prompts import Prompt
 from ingest.setup import set_up
+from queries.summary import summary
 from tests.graph import graph_in, graph_of
 from tests.ingest.models import N_CTX, write_random
 
@@ -108,6 +109,21 @@ def test_the_same_again_writes_nothing(store, setup):
     summary, tasks, _ = ingest(store, setup, TEXTS[:2])
     assert (summary.prompts, summary.skipped) == (0, 2)
     assert [graph_in(store, task.id) for task in tasks] == before
+
+
+def test_a_prompts_task_is_the_last_that_it_was_given_with(store, setup):
+    def stored(*given, threshold=0.05):
+        tasks = prepare_tasks(setup, [Prompt(TEXTS[0], "test", task=task) for task in given], False, no_complaint)
+        requests = circuit_requests(setup, ["default"], "relative", threshold)
+        run(store, setup, tasks, requests, no_complaint, lambda summary: None)
+        return store.read("MATCH (p:Prompt) RETURN p.task AS task")["task"].tolist()
+
+    assert stored(None) == [None]
+    assert stored("capitals", "states") == ["states"]
+    assert stored("capitals") == ["capitals"]
+    assert stored(None) == ["capitals"]
+    assert stored(None, threshold=0.1) == ["capitals"], "also when the prompt is replaced"
+    assert stored("states", None, threshold=0.2) == ["states"]
 
 
 def prompts(texts):
@@ -204,13 +220,18 @@ def test_kill_and_resume_equals_an_undisturbed_run(tmp_path, directory, setup):
         done = store.read("MATCH (p:Prompt) RETURN count(p) AS n, sum(CASE WHEN p.complete THEN 1 ELSE 0 END) AS whole")
         assert 0 < done["n"][0] < 20
         assert done["n"][0] == done["whole"][0]
+        runs = summary(store).query("what == 'run'")["value"]
+        assert len(runs) == 1
+        assert ", interrupted, " in runs.iloc[0]
     subprocess.run([*args, "--store", str(killed)], check=True, capture_output=True)
     subprocess.run([*args, "--store", str(tmp_path / "undisturbed")], check=True, capture_output=True)
     ids = [task.id for task in prepare_tasks(setup, prompts(file.read_text().split("\n")), False, no_complaint)]
     assert len(ids) == 20
     graphs = []
-    for folder in ("killed", "undisturbed"):
+    for folder, statuses in (("killed", ["interrupted", "finished"]), ("undisturbed", ["finished"])):
         with connect(tmp_path / folder) as store:
+            runs = store.read("MATCH (r:Run) RETURN r.status AS status ORDER BY r.started_at")
+            assert runs["status"].tolist() == statuses
             assert [check.name for check in verify(store) if check.violations] == []
             graphs.append([graph_in(store, id) for id in ids])
             assert store.read("MATCH (p:Prompt) RETURN count(p) AS n")["n"][0] == 20
