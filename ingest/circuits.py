@@ -78,7 +78,7 @@ def prompt_record(
     logits = list(dict.fromkeys(root for sweep in sweeps for root in sweep.roots if root.site == "logit"))
     groups = _groups(sweeps, replacement)
     looked = looks(groups, replacement, requests[0].look_share or LOOK_SHARE)
-    at = score_nodes(replacement, 1 + max(looked[:, 0].tolist(), default=0))
+    at = score_nodes(replacement, looked)
     parts = score_parts(replacement, at, looked)
     nodes = Nodes(prompt_id, model, replacement, groups, only_for_scores(groups, at, parts), logits)
     direct, ov, unstored = linear_edges(nodes)
