@@ -25,6 +25,9 @@ KINDS = [
     ("jumprelu", "attn.hook_z", "relu"),
     ("relu", "hook_attn_out", "jumprelu"),
     ("topk", "hook_attn_out", "relu"),
+]
+# With linear paths that stay open: which layers' attention has a dictionary is the last.
+OPEN_KINDS = [
     ("none", "", "relu", ()),
     ("relu", "attn.hook_z", "jumprelu", (1,)),
     ("topk", "hook_attn_out", "skip", (0, 2)),
@@ -180,7 +183,7 @@ def some_roots(replacement):
     return from_the_top(roots)
 
 
-@pytest.fixture(scope="module", params=KINDS, ids=lambda kinds: "-".join(map(str, kinds)))
+@pytest.fixture(scope="module", params=KINDS + OPEN_KINDS, ids=lambda kinds: "-".join(map(str, kinds)))
 def setup(request, tmp_path_factory):
     return set_up(str(write_random(tmp_path_factory.mktemp("model"), *request.param)), torch.float64)
 
