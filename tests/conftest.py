@@ -59,13 +59,13 @@ def _embedded_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stor
 @pytest.fixture
 def embedded_store(_embedded_session: Store) -> Store:
     """The embedded engine, prepared and otherwise empty."""
-    return _emptied(_embedded_session)
+    return emptied(_embedded_session)
 
 
 @pytest.fixture
 def neo4j_store(_neo4j_session: Store) -> Store:
     """A real Neo4j, prepared and otherwise empty."""
-    return _emptied(_neo4j_session)
+    return emptied(_neo4j_session)
 
 
 @pytest.fixture(params=["embedded", pytest.param("neo4j", marks=pytest.mark.neo4j)])
@@ -93,7 +93,8 @@ def _go_without(part: str, reason: str) -> NoReturn:
     pytest.skip(reason)
 
 
-def _emptied(store: Store) -> Store:
+def emptied(store: Store) -> Store:
+    """The store prepared and otherwise empty."""
     store.write(lambda transaction: transaction.run("MATCH (n) WHERE NOT n:Schema DETACH DELETE n").consume())
     prepare(store)
     return store

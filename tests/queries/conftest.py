@@ -15,8 +15,16 @@ from tests.synthetic import synthetic_model, synthetic_prompt, synthetic_run
 
 @dataclass(frozen=True)
 class Filled:
+    """A store with the same as tables; its circuits are of two tasks, by two rules, the first the more common.
+
+    `often` is the number of prompts from which a chain of features is worth comparing.
+    """
+
     store: Store
     tables: Tables
+    tasks: tuple[str, str]
+    rules: tuple[str, str]
+    often: int
 
 
 def fill(store: Store) -> Filled:
@@ -34,17 +42,17 @@ def fill(store: Store) -> Filled:
     set_labels = "UNWIND $rows AS row MATCH (f:Feature {id: row.id}) SET f.label = row.label"
     rows = [{"id": id, "label": label} for id, label in LABELS.items()]
     store.write(lambda transaction: transaction.run(set_labels, rows=rows).consume())
-    return Filled(store, tables(prompts))
+    return Filled(store, tables(prompts), ("stones", "rivers"), ("relative", "paper"), often=1)
 
 
 def write_some_wires(store: Store, t: Tables) -> pd.DataFrame:
     """Virtual weights into features of both sites of layer 1, some of which the prompts use."""
     rng = np.random.default_rng(0)
-    below = sorted({f for f in t.firings["feature"] if f.startswith("toy/0/")})
+    below = sorted({f for f in t.firings["feature"] if "/0/" in f})
     rows = []
     for via, site in (("MLP", "mlp"), ("OV", "attn")):
         fed = feeds(t)
-        fed = fed[fed["target_feature"].str.startswith(f"toy/1/{site}/")]
+        fed = fed[fed["target_feature"].str.contains(f"/1/{site}/")]
         for target, pairs in list(fed.groupby("target_feature"))[:6]:
             sources = dict.fromkeys([*pairs["source_feature"].unique()[:3], *below[:3]])
             for rank, source in enumerate(sources, 1):

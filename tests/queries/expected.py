@@ -1,7 +1,8 @@
-"""The answers computed without a database: the records as pandas tables, and each question asked of those."""
+"""The answers computed in pandas: prompts as tables, and each question asked of those, without a database."""
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -11,9 +12,13 @@ from atlas.records import PromptRecord
 LABELS = {"toy/1/mlp/24": 'a "label" with `ticks` and [bold]brackets[/bold]', "toy/0/attn/11": "stones"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tables:
-    """Everything in some prompts: one row per node, edge, membership, circuit, firing and QK pair."""
+    """Everything in some prompts: one row per node, edge, membership, circuit, firing and QK pair.
+
+    `firings` has a list of positions, of values, and of all the prompt's `tokens` in each row; `labels` are the
+    features' by their ids.
+    """
 
     nodes: pd.DataFrame
     edges: pd.DataFrame
@@ -21,6 +26,7 @@ class Tables:
     circuits: pd.DataFrame
     firings: pd.DataFrame
     pairs: pd.DataFrame
+    labels: dict[str, str]
 
 
 def tables(prompts: list[PromptRecord]) -> Tables:
@@ -51,16 +57,18 @@ def tables(prompts: list[PromptRecord]) -> Tables:
             for m, a in zip(c.members, c.attribution, strict=True):
                 members.append({"circuit": c.id, "node": ids[m], "attribution": a, "is_root": m == c.root})
         for f in p.firings:
-            firings.append({"feature": f"{f.dictionary}/{f.index}", "record": p, "firing": f})
+            row = {"feature": f"{f.dictionary}/{f.index}", "prompt": p.id, "task": p.task, "tokens": p.token_texts}
+            firings.append(row | {"positions": list(f.positions), "values": list(f.values)})
         scores = {look[:4]: look[4:] for look in zip(*(a.tolist() for a in vars(p.scores).values()), strict=True)}
         for s, t, la, h, qk, lift in zip(*(a.tolist() for a in vars(p.qk).values()), strict=True):
             query, key = p.nodes[t].position, p.nodes[s].position
             row = {"prompt": p.id, "task": p.task, "layer": la, "head": h, "query": query, "key": key}
             row |= dict(zip(("score", "pattern", "unstored"), scores[la, h, query, key], strict=True))
             pairs.append(row | {"key_node": ids[s], "query_node": ids[t], "qk": qk, "lift": lift})
-    return Tables(*(pd.DataFrame(rows) for rows in (nodes, edges, members, circuits, firings, pairs)))
+    return Tables(*(pd.DataFrame(rows) for rows in (nodes, edges, members, circuits, firings, pairs)), LABELS)
 
 
+@cache
 def ends(t: Tables) -> pd.DataFrame:
     """Every edge with both its nodes (columns source_* and target_*) and its share."""
     joined = t.edges
@@ -133,14 +141,13 @@ def _source(row: dict) -> str:
 
 def prompts_of(t: Tables, feature: str, task=None) -> pd.DataFrame:
     rows = []
-    for record, firing in t.firings.loc[t.firings["feature"] == feature, ["record", "firing"]].itertuples(index=False):
-        if task is not None and record.task != task:
+    for fires in t.firings[t.firings["feature"] == feature].itertuples(index=False):
+        if task is not None and fires.task != task:
             continue
-        fires = set(firing.positions)
-        marked = [f"«{text}»" if i in fires else text for i, text in enumerate(record.token_texts)]
-        row = {"prompt": record.id, "task": record.task, "max": max(firing.values), "n_positions": len(fires)}
-        row |= {"positions": list(firing.positions), "values": list(firing.values)}
-        row |= {"tokens": [record.token_texts[i] for i in firing.positions], "text": "".join(marked[1:])}
+        marked = [f"«{text}»" if i in fires.positions else text for i, text in enumerate(fires.tokens)]
+        row = {"prompt": fires.prompt, "task": fires.task, "max": max(fires.values), "values": fires.values}
+        row |= {"positions": fires.positions, "n_positions": len(fires.positions)}
+        row |= {"tokens": [fires.tokens[i] for i in fires.positions], "text": "".join(marked[1:])}
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -228,7 +235,7 @@ def features(t: Tables) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "feature": ids,
-            "label": [LABELS.get(id) for id in ids],
+            "label": [t.labels.get(id) for id in ids],
             "layer": [int(part[1]) for part in parts],
             "site": [part[2] for part in parts],
             "index": [int(part[3]) for part in parts],
@@ -253,7 +260,7 @@ def feature(t: Tables, feature: str, top=5) -> pd.DataFrame:
     fires = prompts_of(t, feature).sort_values(["max", "prompt"], ascending=[False, True])
     of = t.nodes[t.nodes["feature"] == feature]
     inside = t.members[t.members["node"].isin(of["id"])]
-    card = [{"part": "feature", "rank": 0, "id": feature, "text": LABELS.get(feature), "n_prompts": len(fires)}]
+    card = [{"part": "feature", "rank": 0, "id": feature, "text": t.labels.get(feature), "n_prompts": len(fires)}]
     card[0] |= {"n_circuits": inside["circuit"].nunique(), "max": fires["max"].max()}
     for rank, row in enumerate(fires.head(top).to_dict("records"), 1):
         card.append({"part": "prompt", "rank": rank, "id": row["prompt"], "text": row["text"], "max": row["max"]})
@@ -272,9 +279,9 @@ def coactive(t: Tables, feature: str, task=None, prompts=20) -> pd.DataFrame:
     looked_at = prompts_of(t, feature, task).sort_values(["max", "prompt"], ascending=[False, True]).head(prompts)
     tokens = {(p, x) for p, xs in zip(looked_at["prompt"], looked_at["positions"], strict=True) for x in xs}
     others: dict[str, set] = {}
-    for other, record, firing in t.firings.itertuples(index=False):
-        if other != feature and record.id in set(looked_at["prompt"]):
-            others.setdefault(other, set()).update((record.id, x) for x in firing.positions)
+    for fires in t.firings[t.firings["prompt"].isin(looked_at["prompt"])].itertuples(index=False):
+        if fires.feature != feature:
+            others.setdefault(fires.feature, set()).update((fires.prompt, x) for x in fires.positions)
     rows = [
         {
             "feature": other,
@@ -289,20 +296,21 @@ def coactive(t: Tables, feature: str, task=None, prompts=20) -> pd.DataFrame:
 
 
 def spans(t: Tables, feature=None, prompt=None, min_length=2) -> pd.DataFrame:
-    """Runs of positions taken from the firings, not from the records' own spans."""
+    """Runs of positions taken from the firings, not from the spans that were stored."""
     rows = []
-    for fires, record, firing in t.firings.itertuples(index=False):
-        values = dict(zip(firing.positions, firing.values, strict=True))
+    for fires in t.firings.itertuples(index=False):
+        values = dict(zip(fires.positions, fires.values, strict=True))
         for start in values:
             if start - 1 in values:
                 continue
             end = start
             while end + 1 in values:
                 end += 1
-            row = {"span": f"{record.id}/{fires}/{start}-{end}", "feature": fires, "label": LABELS.get(fires)}
-            row |= {"prompt": record.id, "task": record.task, "start": start, "end": end, "length": end - start + 1}
+            row = {"span": f"{fires.prompt}/{fires.feature}/{start}-{end}", "feature": fires.feature}
+            row |= {"label": t.labels.get(fires.feature), "prompt": fires.prompt, "task": fires.task}
+            row |= {"start": start, "end": end, "length": end - start + 1}
             mean = sum(values[i] for i in range(start, end + 1)) / (end - start + 1)
-            rows.append(row | {"mean": mean, "text": "".join(record.token_texts[start : end + 1])})
+            rows.append(row | {"mean": mean, "text": "".join(fires.tokens[start : end + 1])})
     found = pd.DataFrame(rows)
     found = found[found["length"] >= min_length]
     found = found if feature is None else found[found["feature"] == feature]
@@ -551,4 +559,4 @@ def _wires_and_feeds(t: Tables, wires: pd.DataFrame, how: str, feature: str | No
     wires = wires.assign(wire_via=wires["via"], via=wires["via"].replace("MLP", "DIRECT"))
     both = wires.merge(sums, on=["source", "target", "via", "layer", "head"], how=how)
     both = both if feature is None else both[(both["source"] == feature) | (both["target"] == feature)]
-    return both.assign(source_label=both["source"].map(LABELS.get), target_label=both["target"].map(LABELS.get))
+    return both.assign(source_label=both["source"].map(t.labels.get), target_label=both["target"].map(t.labels.get))

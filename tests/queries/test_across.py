@@ -38,7 +38,9 @@ def test_find_features(filled: Filled) -> None:
 
 def test_feature(filled: Filled) -> None:
     store, t = filled.store, filled.tables
-    asked = [(most_common(filled, 0), 5), (most_common(filled, 1), 2), (next(iter(expected.LABELS)), 1)]
+    sums = expected.feeds(t)
+    middle = sums.loc[sums["source_feature"].isin(sums["target_feature"]), "source_feature"].value_counts().idxmax()
+    asked = [(middle, 5), (most_common(filled, 1), 2), (next(iter(t.labels)), 1)]
     for feature, top in asked:
         answer = queries.feature(store, feature, top=top)
         assert_answer(answer, "feature", expected.feature(t, feature, top), ["part", "rank"])
@@ -49,7 +51,7 @@ def test_feature(filled: Filled) -> None:
 def test_coactive(filled: Filled) -> None:
     store, t = filled.store, filled.tables
     feature = t.firings["feature"].value_counts().idxmax()
-    for given in ({}, {"task": "stones"}, {"prompts": 1}):
+    for given in ({}, {"task": filled.tasks[0]}, {"prompts": 1}):
         answer = queries.coactive(store, feature, **given, limit=ALL)
         assert_answer(answer, "coactive", expected.coactive(t, feature, **given), ["feature"])
         assert_falls(answer["overlap"])
@@ -64,7 +66,7 @@ def test_spans(filled: Filled) -> None:
         answer = queries.spans(store, **given, limit=ALL)
         assert_answer(answer, "spans", expected.spans(t, **given), ["span"])
         assert_falls(answer["length"])
-    assert len(queries.spans(store, min_length=3)) == len(expected.spans(t, min_length=3))
+    assert len(queries.spans(store, min_length=3, limit=ALL)) == len(expected.spans(t, min_length=3))
     both = whole.iloc[0]
     answer = queries.spans(store, both["feature"], prompt=both["prompt"])
     assert set(answer["span"]) == set(expected.spans(t, both["feature"], both["prompt"])["span"])
@@ -72,8 +74,10 @@ def test_spans(filled: Filled) -> None:
 
 def test_downstream(filled: Filled) -> None:
     store, t = filled.store, filled.tables
-    feature = most_common(filled, 0)
-    embedding = t.nodes.loc[t.nodes["kind"] == "Embedding", "id"].iloc[0]
+    edges = expected.ends(t)
+    strong = edges[edges["share"].abs() >= 0.3]
+    feature = strong.loc[strong["via"] == "OV", "source_feature"].value_counts().idxmax()
+    embedding = strong.loc[strong["source_kind"] == "Embedding", "source"].value_counts().idxmax()
     asked = [
         {"feature": feature},
         {"feature": feature, "hops": 4, "min_share": 0.3},
@@ -92,8 +96,9 @@ def test_downstream(filled: Filled) -> None:
 def test_strongest_paths(filled: Filled) -> None:
     store, t = filled.store, filled.tables
     circuit = largest_circuit(filled)
-    members = t.nodes[t.nodes["id"].isin(t.members.loc[t.members["circuit"] == circuit, "node"])]
-    inner = members.loc[(members["layer"] == 0) & members["feature"].notna(), "feature"].iloc[0]
+    edges, root = expected.circuit(t, circuit), t.circuits.set_index("circuit").loc[circuit, "root"]
+    into_root = edges[(edges["target"] == root) & (edges["source_layer"] == 0) & edges["source_feature"].notna()]
+    inner = into_root.loc[into_root["share"].abs().idxmax(), "source_feature"]
     for given in ({}, {"hops": 3, "min_product": 0.05}, {"hops": 8, "min_product": 0.1}, {"source": inner}):
         wanted = expected.strongest_paths(t, circuit, **given)
         keys = zip(wanted["nodes"], wanted["heads"], strict=True)
@@ -133,16 +138,18 @@ def test_motifs(filled: Filled) -> None:
         assert_answer(answer, "motifs", expected.motifs(t, **given), keys)
         assert_falls(answer["n_prompts"])
     middle = expected.chains(t, min_prompts=1)["b"].value_counts().idxmax()
-    for given in ({"min_prompts": 1}, {"min_prompts": 1, "feature": middle}, {"min_prompts": 1, "via": "DIRECT"}):
+    often = {"min_prompts": filled.often}
+    for given in (often, {"min_prompts": 1, "feature": middle}, {**often, "via": "DIRECT"}):
         answer = queries.motifs(store, length=3, **given, among=ALL, limit=ALL)
         assert_answer(answer, "motifs", expected.chains(t, **given), keys)
         assert_falls(answer["n_prompts"])
 
 
 def test_consensus(filled: Filled) -> None:
-    for given in ({"min_share": 0.3, "rule": "relative"}, {"min_share": 0.05}):
-        answer = queries.consensus(filled.store, "stones", **given, limit=ALL)
-        wanted = expected.consensus(filled.tables, "stones", **given)
+    task = filled.tasks[0]
+    for given in ({"min_share": 0.3, "rule": filled.rules[0]}, {"min_share": 0.05}):
+        answer = queries.consensus(filled.store, task, **given, limit=ALL)
+        wanted = expected.consensus(filled.tables, task, **given)
         assert_answer(answer, "consensus", wanted, ["part", "source", "target", "via", "head"])
         for _, part in answer.groupby("part"):
             assert_falls(part["n_circuits"])
@@ -152,7 +159,7 @@ def test_consensus(filled: Filled) -> None:
 def test_diff(filled: Filled) -> None:
     store, circuits = filled.store, filled.tables.circuits
     first, last = circuits["circuit"].iloc[0], circuits["circuit"].iloc[-1]
-    pairs = [(first, last), (circuits["prompt"].iloc[0], circuits["prompt"].iloc[-1]), ("stones", "rivers")]
+    pairs = [(first, last), (circuits["prompt"].iloc[0], circuits["prompt"].iloc[-1]), filled.tasks]
     for a, b in pairs:
         answer = queries.diff(store, a, b, limit=ALL)
         wanted = expected.diff(filled.tables, a, b)
@@ -161,8 +168,10 @@ def test_diff(filled: Filled) -> None:
     same = queries.diff(store, first, first, limit=ALL)
     assert set(same["found"]) == {"both"}
     assert (same["change"] == 0).all()
-    with pytest.raises(AtlasError, match="There is no circuit, prompt or task 'stone' in the store; nearest: stones"):
-        queries.diff(store, "rivers", "stone")
+    task, other = filled.tasks
+    refused = f"There is no circuit, prompt or task '{task}x' in the store; nearest: {task}"
+    with pytest.raises(AtlasError, match=refused):
+        queries.diff(store, other, task + "x")
 
 
 def test_similar_circuits(filled: Filled) -> None:
@@ -185,9 +194,9 @@ def test_specificity(filled: Filled) -> None:
     chain = chain[chain["a"].isin(tasked["source_feature"])].iloc[0]
     asked = [
         {"a": a, "b": b},
-        {"a": a, "b": b, "task": "rivers"},
-        {"a": a, "b": b, "task": "stones"},
-        {"a": chain["a"], "b": chain["b"], "c": chain["c"], "task": "stones"},
+        {"a": a, "b": b, "task": filled.tasks[1]},
+        {"a": a, "b": b, "task": filled.tasks[0]},
+        {"a": chain["a"], "b": chain["b"], "c": chain["c"], "task": filled.tasks[0]},
     ]
     for given in asked:
         answer = queries.specificity(store, **given)
@@ -195,7 +204,7 @@ def test_specificity(filled: Filled) -> None:
 
 
 def test_errors(filled: Filled) -> None:
-    for given in ({}, {"task": "stones"}, {"rule": "relative"}):
+    for given in ({}, {"task": filled.tasks[0]}, {"rule": filled.rules[0]}):
         answer = queries.errors(filled.store, **given)
         assert_answer(answer, "errors", expected.errors(filled.tables, **given), ["task", "layer", "site"])
         assert_falls(answer["mean_size"])
@@ -203,25 +212,30 @@ def test_errors(filled: Filled) -> None:
 
 def test_faithful(filled: Filled) -> None:
     middle = filled.tables.circuits["faithfulness"].median()
-    for given in ({}, {"task": "stones"}, {"rule": "relative", "min_faithfulness": max(0.0, middle)}):
+    for given in ({}, {"task": filled.tasks[0]}, {"rule": filled.rules[0], "min_faithfulness": max(0.0, middle)}):
         answer = queries.faithful(filled.store, **given, limit=ALL)
         assert_answer(answer, "faithful", expected.faithful(filled.tables, **given), ["circuit"])
         assert_falls(answer["faithfulness"])
 
 
-def test_wired_and_used(filled: Filled) -> None:
+def test_wired(filled: Filled) -> None:
     store, t = filled.store, filled.tables
     wires = write_some_wires(store, t)
-    keys = ["source", "target", "via", "head"]
     target = wires["target"].iloc[0]
     for given in ({}, {"show": "all"}, {"show": "all", "via": "OV"}, {"show": "all", "feature": target}):
         answer = queries.wired(store, **given, limit=ALL)
-        assert_answer(answer, "wired", expected.wired(t, wires, **given), keys)
+        assert_answer(answer, "wired", expected.wired(t, wires, **given), ["source", "target", "via", "head"])
         assert_falls(answer["weight"].abs())
     assert (queries.wired(store, show="all")["n_prompts"] > 0).any()
+
+
+def test_used(filled: Filled) -> None:
+    store, t = filled.store, filled.tables
+    wires = write_some_wires(store, t)
+    target = wires["target"].iloc[0]
     for given in ({}, {"show": "all"}, {"show": "all", "via": "DIRECT"}, {"show": "all", "feature": target}):
         answer = queries.used(store, **given, among=ALL, limit=ALL)
-        assert_answer(answer, "used", expected.used(t, wires, **given), keys)
+        assert_answer(answer, "used", expected.used(t, wires, **given), ["source", "target", "via", "head"])
         assert_falls(answer["n_prompts"])
     assert queries.used(store, show="all", among=ALL)["weight"].notna().any()
 

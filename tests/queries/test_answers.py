@@ -31,22 +31,23 @@ def assert_falls(values: pd.Series) -> None:
 
 def test_circuits(filled: Filled) -> None:
     store, t = filled.store, filled.tables
-    prompt = t.circuits["prompt"][0]
+    (task, other), (rule, rare) = filled.tasks, filled.rules
+    prompt = t.circuits.loc[t.circuits["task"] == task, "prompt"].iloc[0]
     feature = t.nodes.loc[t.nodes["id"].isin(t.members["node"]), "feature"].dropna().iloc[0]
     asked = [
         {},
         {"prompt": prompt},
         {"feature": feature},
-        {"task": "stones"},
-        {"rule": "paper"},
-        {"prompt": prompt, "rule": "relative"},
-        {"prompt": prompt, "feature": feature, "task": "stones"},
+        {"task": task},
+        {"rule": rare},
+        {"prompt": prompt, "rule": rule},
+        {"prompt": prompt, "feature": feature, "task": task},
     ]
     for given in asked:
         answer = queries.circuits(store, **given, limit=ALL)
         assert_answer(answer, "circuits", expected.circuits(t, **given), ["circuit"])
         assert_falls(answer["completeness"])
-    assert len(queries.circuits(store, prompt=prompt, task="rivers")) == 0
+    assert len(queries.circuits(store, prompt=prompt, task=other)) == 0
     whole = queries.circuits(store)
     pd.testing.assert_frame_equal(queries.circuits(store, limit=3), whole.head(3))
 
@@ -71,14 +72,17 @@ def test_circuit_nodes(filled: Filled) -> None:
 
 def test_upstream(filled: Filled) -> None:
     store, t = filled.store, filled.tables
-    feature = t.nodes.loc[t.nodes["layer"] == 1].groupby("feature")["prompt"].nunique().idxmax()
-    node = t.circuits.loc[t.circuits["root_kind"] == "Logit", "root"].iloc[0]
+    edges = expected.ends(t)
+    strong = edges[edges["share"].abs() >= 0.5]
+    feature = strong.loc[strong["target_layer"] == 1, "target_feature"].value_counts().idxmax()
+    logits = edges[edges["target_kind"] == "Logit"]
+    node, share = logits.loc[logits["share"].abs().idxmax(), ["target", "share"]]
     asked = [
         {"feature": feature},
         {"feature": feature, "hops": 1, "min_share": 0.0},
         {"feature": feature, "hops": 4, "min_share": 0.5},
-        {"node": node, "hops": 6, "min_share": 0.2},
-        {"node": node, "via": "DIRECT", "hops": 3},
+        {"node": node, "hops": 6, "min_share": min(0.2, 0.9 * abs(share))},
+        {"node": node, "via": "DIRECT", "hops": 3, "min_share": min(0.05, 0.9 * abs(share))},
     ]
     keys = ["hop", "source", "target", "via", "layer", "head"]
     for given in asked:
@@ -93,7 +97,7 @@ def test_upstream(filled: Filled) -> None:
 def test_prompts_of(filled: Filled) -> None:
     store, t = filled.store, filled.tables
     feature = t.firings["feature"].value_counts().idxmax()
-    for given in ({}, {"task": "stones"}):
+    for given in ({}, {"task": filled.tasks[0]}):
         answer = queries.prompts_of(store, feature, **given)
         assert_answer(answer, "prompts_of", expected.prompts_of(t, feature, **given), ["prompt"])
         assert_falls(answer["max"])
@@ -104,7 +108,8 @@ def test_edges_between(filled: Filled) -> None:
     pairs = expected.ends(t).dropna(subset=["source_feature", "target_feature"])
     for via in ("OV", "DIRECT"):
         a, b = pairs.loc[pairs["via"] == via].groupby(["source_feature", "target_feature"]).size().idxmax()
-        asked = [{}, {"via": via}, {"head": 1}] if via == "OV" else [{}]
+        heads = pairs.loc[(pairs["source_feature"] == a) & (pairs["target_feature"] == b), "head"]
+        asked = [{}, {"via": via}, {"head": int(heads.max())}] if via == "OV" else [{}]
         for given in asked:
             answer = queries.edges_between(store, a, b, **given)
             wanted = expected.edges_between(t, a, b, **given)
@@ -114,15 +119,16 @@ def test_edges_between(filled: Filled) -> None:
 
 def test_shared_features(filled: Filled) -> None:
     store, t = filled.store, filled.tables
+    task, rule = filled.tasks[0], filled.rules[0]
     asked = [
         {"min_share_of_prompts": 0.0},
         {"min_share_of_prompts": 0.6},
         {"min_share_of_prompts": 0.3, "layer": 1},
-        {"min_share_of_prompts": 0.3, "site": "attn", "rule": "relative"},
+        {"min_share_of_prompts": 0.3, "site": "attn", "rule": rule},
     ]
     for given in asked:
-        answer = queries.shared_features(store, "stones", **given, limit=ALL)
-        assert_answer(answer, "shared_features", expected.shared_features(t, "stones", **given), ["feature"])
+        answer = queries.shared_features(store, task, **given, limit=ALL)
+        assert_answer(answer, "shared_features", expected.shared_features(t, task, **given), ["feature"])
         assert_falls(answer["n_prompts"])
 
 
@@ -152,7 +158,7 @@ def test_qk_between(filled: Filled) -> None:
         both.groupby(["key_feature", "query_feature"]).size().idxmax(),
         itself[["key_feature", "query_feature"]].iloc[0],
     ):
-        answer = queries.qk_between(store, a, b)
+        answer = queries.qk_between(store, a, b, limit=ALL)
         wanted = expected.qk_between(filled.tables, a, b)
         assert_answer(answer, "qk_between", wanted, ["key_node", "query_node", "layer", "head"])
         assert_falls(answer["qk"].abs())
