@@ -1,39 +1,48 @@
 """A store of any size made up from a seed, with the degree skew of a real one, and the fastest way to load it.
 
-Of every 500 OV edges one prompt is made: 16 tokens, 130 activations of a stock of 98,304 features (12 layers, both
-sites) whose popularity falls about as 1 / rank, 200 DIRECT edges, 200 firings and two circuits of 30 nodes. Edges run
-upward in layers and forward in positions, and prefer few of the activations, so that in- and out-degrees are as skewed
-as the popularity of features. FEEDS is what a scan of the edges gives.
+Of every 500 OV edges one prompt is made: 16 tokens, 130 activations of 98,304 features (12 layers, both sites) whose
+popularity falls about as 1 / rank, embeddings, errors and a logit, 100 DIRECT edges, 10 attention scores with their QK
+edges, 210 firings with their spans, and two circuits of about 30 nodes. Edges run upward in layers and forward in
+positions (DIRECT at one position), and prefer early positions and a few targets, so that in- and out-degrees are as
+skewed as the popularity of features. FEEDS is what a scan of the edges gives. Virtual weights, which no prompt adds
+to, are the same in every store. Everything is columns of numbers until it is loaded, with six decimals at most: no
+format on the way to an engine rounds them.
 """
 
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import neo4j
 import numpy as np
 import pandas as pd
 
 from atlas.schema import prepare
-from atlas.store import Store
+from atlas.store import connect
 from tests import neo4j_server
 
 EDGES_PER_PROMPT = 500
 N_LAYERS, N_HEADS, D_SAE, N_TOKENS = 12, 12, 4096, 16
-N_ACTIVE, N_DIRECT, N_MORE_FIRINGS, N_MEMBERS = 130, 200, 80, 30
+N_ACTIVE, N_ERRORS, N_DIRECT, N_MORE_FIRINGS, N_MEMBERS, N_SCORES, N_QK = 130, 8, 100, 80, 45, 10, 30
+N_WIRES = 5  # into each feature
 TASKS = ["capitals", "states", "greater_than", "quotes", "plurals", "names"]
-ROWS = 10_000
-_TYPES = dict.fromkeys(("position", "layer", "head", "index", "n_tokens", "n_nodes", "n_edges", "n_prompts"), "int")
-_TYPES |= dict.fromkeys(("prompt", "name", "site", "text", "task", "rule", "via"), "string")
+ROWS = 100_000  # at a time on their way into an engine
+_INTEGERS = ("position", "layer", "head", "index", "n_tokens", "n_nodes", "n_edges", "n_prompts", "query", "key")
+_INTEGERS += ("start", "end", "length", "rank", "token_id")
+_STRINGS = ("id", "prompt", "name", "site", "text", "task", "rule", "via", "label")
+_TYPES = dict.fromkeys(_INTEGERS, "int") | dict.fromkeys(_STRINGS, "string")
 _TYPES |= {"complete": "boolean", "positions": "int[]", "values": "double[]"}
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of one kind of node (`id` and `labels`) or of relationship (`type`, ends `source` and `target` by id)."""
+    """Rows of one kind of node (`labels`, the key label first) or of relationship (`name`).
+
+    A node has its number among those of its key label in `#`; a relationship's `source` and `target` are such
+    numbers, among the key labels `ends`.
+    """
 
     name: str
     rows: pd.DataFrame
@@ -42,68 +51,31 @@ class Table:
 
 
 def generate(n_edges: int, seed: int = 0) -> list[Table]:
-    """All tables of a store with about `n_edges` OV edges."""
+    """All tables of a store with about `n_edges` OV edges, nodes first."""
     rng = np.random.default_rng(seed)
     n_prompts = n_edges // EDGES_PER_PROMPT
-    prompts = [f"{i:016x}" for i in range(n_prompts)]
-    activations = _activations(n_prompts, rng)
-    ov, direct = _edges(activations, n_prompts, rng)
-    firings = _firings(activations, n_prompts, rng)
-    members, roots = _members(activations, n_prompts, rng)
-    ids = np.array(prompts)
-    activations["prompt"] = ids[activations["p"]]
-    place = activations["prompt"] + "/" + activations["position"].astype(str)
-    site = np.where(activations["site"] == 1, "mlp", "attn")
-    layer, index = activations["layer"].astype(str), activations["index"].astype(str)
-    activations["id"] = place + "/" + layer + "/" + site + "/" + index
-    activations["feature"] = "big/" + layer + "/" + site + "/" + index
-    activations["name"] = "L" + layer + " " + site + " " + index
-    node = activations["id"].to_numpy()
-    for edges in (ov, direct):
-        edges["share"] = edges["weight"] / activations["pre_activation"].to_numpy()[edges["t"]]
-        edges["source"], edges["target"] = node[edges["s"]], node[edges["t"]]
-    feeds = _feeds(activations, ov, direct)
-    used = sorted(set(activations["feature"]) | set(firings["source"]))
-    parts = [feature.split("/") for feature in used]
-    features = pd.DataFrame({"id": used, "layer": [int(p[1]) for p in parts], "site": [p[2] for p in parts]})
-    features["index"] = [int(p[3]) for p in parts]
-    tokens = pd.DataFrame({"prompt": np.repeat(ids, N_TOKENS), "position": np.tile(np.arange(N_TOKENS), n_prompts)})
-    tokens["id"] = tokens["prompt"] + "/" + tokens["position"].astype(str)
-    tokens["text"] = " t" + tokens["position"].astype(str)
-    prompt = pd.DataFrame({"id": prompts, "text": [" ".join(["t"] * 15)] * n_prompts, "n_tokens": N_TOKENS})
-    prompt["task"] = [TASKS[i] for i in rng.integers(0, len(TASKS), n_prompts)]
-    prompt["complete"] = True
-    circuits = pd.DataFrame({"prompt": ids[np.repeat(np.arange(n_prompts), 2)], "node": node[roots]})
-    circuits["id"] = circuits["node"] + "/relative"
-    circuits["rule"], circuits["threshold"], circuits["n_nodes"] = "relative", 0.02, N_MEMBERS
-    circuits["n_edges"], circuits["root_value"] = 60, rng.uniform(1, 9, len(circuits))
-    circuits["faithfulness"] = rng.uniform(0, 1, len(circuits))
-    circuits = circuits.assign(completeness=0.7, error_share=0.2, pruned_share=0.1).drop_duplicates("id")
-    members = members[members["c"].isin(circuits.index)]
-    members["source"] = circuits["id"].reindex(members["c"]).to_numpy()
-    members["target"] = node[members["n"]]
-    keep = ["id", "prompt", "layer", "position", "name", "site", "value", "pre_activation", "constant", "unstored"]
-    activations["site"] = site
+    prompts = pd.Series([f"{i:016x}" for i in range(n_prompts)], dtype=object).to_numpy()
+    nodes = _nodes(n_prompts, rng)
+    ov = _ov(nodes, n_prompts, rng)
+    direct = _direct(nodes, n_prompts, rng)
+    firings = _firings(nodes, n_prompts, rng)
+    features = _features(rng)
     return [
-        Table("Prompt", prompt, "Prompt"),
-        Table("Token", tokens, "Token"),
+        *_prompt_tables(prompts, rng),
         Table("Feature", features, "Feature"),
-        Table("MLP", activations.loc[site == "mlp", keep], "CircuitNode;Activation;MLP"),
-        Table("Attn", activations.loc[site == "attn", keep], "CircuitNode;Activation;Attn"),
-        Table("Circuit", circuits.drop(columns="node"), "Circuit"),
-        Table("HAS_TOKEN", _link(tokens["prompt"], tokens["id"]), ends=("Prompt", "Token")),
-        Table("OF", _link(activations["id"], activations["feature"]), ends=("CircuitNode", "Feature")),
-        Table("AT", _link(activations["id"], place), ends=("CircuitNode", "Token")),
-        Table("FIRES_ON", firings, ends=("Feature", "Prompt")),
-        Table("HAS_CIRCUIT", _link(circuits["prompt"], circuits["id"]), ends=("Prompt", "Circuit")),
-        Table("ROOT", _link(circuits["id"], circuits["node"]), ends=("Circuit", "CircuitNode")),
-        Table("INCLUDES", members[["source", "target", "attribution"]], ends=("Circuit", "CircuitNode")),
-        Table(
-            "OV", ov[["source", "target", "layer", "head", "weight", "pattern"]], ends=("CircuitNode", "CircuitNode")
-        ),
-        Table("DIRECT", direct[["source", "target", "weight"]], ends=("CircuitNode", "CircuitNode")),
-        Table("FEEDS", feeds, ends=("Feature", "Feature")),
+        *_node_tables(nodes, prompts),
+        *_firing_tables(firings, prompts, features["id"].to_numpy()),
+        Table("OV", _numbered(ov, ["layer", "head", "weight", "pattern"]), ends=("CircuitNode", "CircuitNode")),
+        Table("DIRECT", _numbered(direct, ["weight"]), ends=("CircuitNode", "CircuitNode")),
+        *_circuit_tables(nodes, ov, prompts, rng),
+        *_score_tables(nodes, ov, prompts, rng),
+        *_feeds_tables(nodes, ov, direct),
+        *_wire_tables(np.random.default_rng(seed)),
     ]
+
+
+def _n_features() -> int:
+    return 2 * N_LAYERS * D_SAE
 
 
 def _popular(rng: np.random.Generator, n: int) -> np.ndarray:
@@ -111,162 +83,415 @@ def _popular(rng: np.random.Generator, n: int) -> np.ndarray:
     return np.minimum((D_SAE ** rng.uniform(0, 1, n) ** 2).astype(np.int64), D_SAE) - 1
 
 
-def _activations(n_prompts: int, rng: np.random.Generator) -> pd.DataFrame:
+def _decimals(values: np.ndarray) -> np.ndarray:
+    return np.round(values, 6)
+
+
+def _numbered(edges: pd.DataFrame, keep: list[str]) -> pd.DataFrame:
+    return edges.rename(columns={"s": "source", "t": "target"})[["source", "target", *keep]]
+
+
+def _feature_number(layer: np.ndarray, mlp: np.ndarray, index: np.ndarray) -> np.ndarray:
+    return (2 * layer + mlp) * D_SAE + index
+
+
+def _features(rng: np.random.Generator) -> pd.DataFrame:
+    number = np.arange(_n_features())
+    place, index = number // D_SAE, number % D_SAE
+    rows = pd.DataFrame({"#": number, "layer": place // 2, "site": np.where(place % 2, "mlp", "attn"), "index": index})
+    rows["id"] = "big/" + rows["layer"].astype(str) + "/" + rows["site"] + "/" + rows["index"].astype(str)
+    rows["label"] = [f"{TASKS[i]} {j}" for i, j in zip(rng.integers(0, len(TASKS), len(rows)), index, strict=True)]
+    return rows
+
+
+def _prompt_tables(prompts: np.ndarray, rng: np.random.Generator) -> list[Table]:
+    n = len(prompts)
+    rows = pd.DataFrame({"#": np.arange(n), "id": prompts, "n_tokens": N_TOKENS, "complete": True})
+    rows["text"] = "".join(f" t{i}" for i in range(1, N_TOKENS))
+    rows["task"] = np.array(TASKS, dtype=object)[rng.permutation(n) % len(TASKS)]
+    tokens = pd.DataFrame({"#": np.arange(n * N_TOKENS), "position": np.tile(np.arange(N_TOKENS), n)})
+    tokens["token_id"] = tokens["position"]
+    tokens["prompt"] = np.repeat(prompts, N_TOKENS)
+    tokens["id"] = tokens["prompt"] + "/" + tokens["position"].astype(str)
+    tokens["text"] = " t" + tokens["position"].astype(str)
+    has = pd.DataFrame({"source": np.repeat(np.arange(n), N_TOKENS), "target": tokens["#"]})
+    following = pd.DataFrame({"source": tokens["#"], "target": tokens["#"] + 1})[tokens["position"] < N_TOKENS - 1]
+    return [
+        Table("Prompt", rows, "Prompt"),
+        Table("Token", tokens, "Token"),
+        Table("HAS_TOKEN", has, ends=("Prompt", "Token")),
+        Table("NEXT", following, ends=("Token", "Token")),
+    ]
+
+
+KINDS = ["Attn", "MLP", "Embedding", "Error", "Logit"]
+ATTN, MLP, EMBEDDING, ERROR, LOGIT = range(5)
+
+
+def _nodes(n_prompts: int, rng: np.random.Generator) -> pd.DataFrame:
+    """Nodes of all prompts by prompt, position and `rank`, the order in which the model computes them."""
     n = n_prompts * N_ACTIVE
-    rows = pd.DataFrame({"p": np.repeat(np.arange(n_prompts), N_ACTIVE), "position": rng.integers(1, N_TOKENS, n)})
-    rows["layer"], rows["site"] = rng.integers(0, N_LAYERS, n), rng.integers(0, 2, n)
-    rows["index"] = _popular(rng, n)
-    rows = rows.drop_duplicates(["p", "position", "layer", "site", "index"]).reset_index(drop=True)
-    rows["value"] = rows["pre_activation"] = rng.uniform(0.5, 9, len(rows))
-    return rows.assign(constant=0.0, unstored=0.0)
+    active = pd.DataFrame({"p": np.repeat(np.arange(n_prompts), N_ACTIVE), "kind": rng.integers(0, 2, n)})
+    active["position"], active["layer"] = rng.integers(1, N_TOKENS, n), rng.integers(0, N_LAYERS, n)
+    active["mlp"], active["index"] = active["kind"], _popular(rng, n)
+    m = n_prompts * N_ERRORS
+    errors = pd.DataFrame({"p": np.repeat(np.arange(n_prompts), N_ERRORS), "mlp": rng.integers(0, 2, m)})
+    errors["position"], errors["layer"] = rng.integers(1, N_TOKENS, m), rng.integers(0, N_LAYERS, m)
+    tokens = pd.DataFrame({"p": np.repeat(np.arange(n_prompts), N_TOKENS - 1), "layer": -1})
+    tokens["position"] = np.tile(np.arange(1, N_TOKENS), n_prompts)
+    logits = pd.DataFrame({"p": np.arange(n_prompts), "layer": N_LAYERS, "position": N_TOKENS - 1})
+    others = [tokens.assign(kind=EMBEDDING), errors.assign(kind=ERROR), logits.assign(kind=LOGIT)]
+    rows = pd.concat([active, *others]).fillna(0).astype(np.int64)
+    rows["rank"] = 2 * rows["layer"] + rows["mlp"]
+    key = np.zeros(len(rows), np.int64)
+    sizes = {"p": n_prompts, "position": N_TOKENS, "rank": 40, "kind": len(KINDS), "index": D_SAE}
+    for name, size in sizes.items():
+        key = key * size + rows[name].to_numpy() + (2 if name == "rank" else 0)
+    _, kept = np.unique(key, return_index=True)
+    rows = rows.iloc[kept].reset_index(drop=True)
+    fires = rows["kind"].to_numpy() <= MLP
+    reads = fires | (rows["kind"].to_numpy() == LOGIT)
+    value = _decimals(rng.uniform(0.5, 9, len(rows)))
+    rows["value"], rows["pre_activation"] = np.where(fires, value, np.nan), np.where(reads, value, np.nan)
+    numbers = _feature_number(rows["layer"].to_numpy(), rows["mlp"].to_numpy(), rows["index"].to_numpy())
+    rows["feature"] = np.where(fires, numbers, -1)
+    return rows
 
 
-def _edges(activations: pd.DataFrame, n_prompts: int, rng: np.random.Generator) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Pairs of a prompt's activations that may feed each other, drawn until there are enough."""
-    counts = activations["p"].value_counts(sort=False).sort_index().to_numpy()
-    first = np.concatenate([[0], np.cumsum(counts)[:-1]])
-    rank = (2 * activations["layer"] + activations["site"]).to_numpy()
-    position, site = activations["position"].to_numpy(), activations["site"].to_numpy()
+def _node_tables(nodes: pd.DataFrame, prompts: np.ndarray) -> list[Table]:
+    rows = nodes[["layer", "position", "value", "pre_activation"]].copy()
+    rows["#"] = np.arange(len(rows))
+    rows["prompt"] = prompts[nodes["p"]]
+    rows["site"] = np.where(nodes["mlp"] == 1, "mlp", "attn")
+    place = rows["prompt"] + "/" + rows["position"].astype(str)
+    layer, index = rows["layer"].astype(str), nodes["index"].astype(str)
+    tables: list[Table] = []
+    for kind, name in enumerate(KINDS):
+        of_kind = (nodes["kind"] == kind).to_numpy()
+        part = rows[of_kind].copy()
+        at, in_layer, site = place[of_kind], layer[of_kind], part["site"]
+        if kind <= MLP:
+            part["id"] = at + "/" + in_layer + "/" + site + "/" + index[of_kind]
+            part["name"] = "L" + in_layer + " " + site + " " + index[of_kind]
+            part["constant"] = part["unstored"] = 0.0
+        elif kind == ERROR:
+            part["id"], part["name"] = (
+                at + "/" + in_layer + "/" + site + "/error",
+                "L" + in_layer + " " + site + " error",
+            )
+        elif kind == EMBEDDING:
+            part["id"], part["name"] = at + "/embedding", "embedding @ t" + part["position"].astype(str)
+        else:
+            part["id"], part["name"] = at + "/logit/7", "logit of t7"
+        empty = [column for column in part.columns if part[column].isna().all()]
+        labels = f"CircuitNode;Activation;{name}" if kind <= MLP else f"CircuitNode;{name}"
+        unused = [*empty, "site"] if kind in (EMBEDDING, LOGIT) else empty
+        tables.append(Table(name, part.drop(columns=unused), labels))
+    of = pd.DataFrame({"source": rows["#"], "target": nodes["feature"]})[nodes["feature"] >= 0]
+    at_token = pd.DataFrame({"source": rows["#"], "target": nodes["p"] * N_TOKENS + nodes["position"]})
+    return [
+        *tables,
+        Table("OF", of, ends=("CircuitNode", "Feature")),
+        Table("AT", at_token, ends=("CircuitNode", "Token")),
+    ]
 
-    def draw(n: int, allowed: Callable[[np.ndarray, np.ndarray], np.ndarray], keys: list[str]) -> pd.DataFrame:
-        parts: list[pd.DataFrame] = []
-        while sum(map(len, parts)) < n * n_prompts:
-            p = np.repeat(np.arange(n_prompts), n)
-            s = first[p] + (counts[p] * rng.beta(0.6, 1.2, len(p))).astype(np.int64)
-            t = first[p] + (counts[p] * rng.beta(0.8, 1.2, len(p))).astype(np.int64)
-            good = allowed(s, t)
-            drawn = pd.DataFrame({"s": s[good], "t": t[good]})
-            drawn["head"] = rng.integers(0, N_HEADS, len(drawn))
-            parts = [pd.concat([*parts, drawn]).drop_duplicates(keys)]
-        rows = parts[0].sample(n * n_prompts, random_state=0).sort_values(["t", "s"]).reset_index(drop=True)
-        rows["weight"] = rng.normal(0, 1, len(rows))
-        return rows
 
-    ov = draw(
-        EDGES_PER_PROMPT,
-        lambda s, t: (site[t] == 0) & (rank[s] < rank[t]) & (position[s] <= position[t]),
-        ["s", "t", "head"],
-    )
-    ov["layer"] = activations["layer"].to_numpy()[ov["t"]]
-    ov["pattern"] = rng.uniform(0, 1, len(ov))
-    direct = draw(
-        N_DIRECT, lambda s, t: (site[t] == 1) & (rank[s] < rank[t]) & (position[s] <= position[t]), ["s", "t"]
-    )
-    return ov, direct
+def _unique(draw: Callable[[], np.ndarray], n: int, rng: np.random.Generator) -> np.ndarray:
+    """`n` different ones of the keys that `draw` gives, in order."""
+    keys = np.unique(draw())
+    while len(keys) < n:
+        keys = np.union1d(keys, draw())
+    return np.sort(rng.choice(keys, n, replace=False, shuffle=False))
 
 
-def _firings(activations: pd.DataFrame, n_prompts: int, rng: np.random.Generator) -> pd.DataFrame:
-    """Every activation's feature, and more that are in no circuit."""
+def _targets(nodes: pd.DataFrame, kinds: list[int], n_prompts: int, n: int, rng: np.random.Generator) -> np.ndarray:
+    """`n` nodes of these kinds from every prompt, some of them far more often than others."""
+    of_kind = np.flatnonzero(nodes["kind"].isin(kinds))
+    p = nodes["p"].to_numpy()[of_kind]
+    of_kind = of_kind[np.lexsort((rng.uniform(size=len(p)), p))]
+    count = np.bincount(p, minlength=n_prompts)
+    first = np.cumsum(count) - count
+    p = np.repeat(np.arange(n_prompts), n)
+    return of_kind[first[p] + (count[p] * rng.beta(0.8, 1.2, len(p))).astype(np.int64)]
+
+
+def _ov(nodes: pd.DataFrame, n_prompts: int, rng: np.random.Generator) -> pd.DataFrame:
+    p, position, rank = (nodes[name].to_numpy() for name in ("p", "position", "rank"))
+    first = np.searchsorted(p, np.arange(n_prompts))
+    end = np.searchsorted(p * N_TOKENS + position, p * N_TOKENS + position, side="right")
+
+    def draw() -> np.ndarray:
+        t = _targets(nodes, [ATTN], n_prompts, EDGES_PER_PROMPT, rng)
+        start = first[p[t]]
+        s = start + ((end[t] - start) * rng.beta(0.6, 1.2, len(t))).astype(np.int64)
+        key = (t * 1024 + s - start) * N_HEADS + rng.integers(0, N_HEADS, len(t))
+        return key[rank[s] < rank[t]]
+
+    key = _unique(draw, n_prompts * EDGES_PER_PROMPT, rng)
+    t = key // N_HEADS // 1024
+    rows = pd.DataFrame({"s": first[p[t]] + key // N_HEADS % 1024, "t": t, "head": key % N_HEADS})
+    rows["layer"] = nodes["layer"].to_numpy()[t]
+    rows["weight"] = _decimals(rng.normal(0, 1, len(rows)))
+    rows["pattern"] = _decimals(rng.uniform(0, 1, len(rows)))
+    return rows
+
+
+def _direct(nodes: pd.DataFrame, n_prompts: int, rng: np.random.Generator) -> pd.DataFrame:
+    rank = nodes["rank"].to_numpy()
+    place = nodes["p"].to_numpy() * N_TOKENS + nodes["position"].to_numpy()
+    first = np.searchsorted(place, place)
+
+    def draw() -> np.ndarray:
+        t = _targets(nodes, [MLP, LOGIT], n_prompts, N_DIRECT, rng)
+        s = first[t] + ((t - first[t]) * rng.uniform(0, 1, len(t))).astype(np.int64)
+        return (t * 1024 + t - s)[rank[s] < rank[t]]
+
+    key = _unique(draw, n_prompts * N_DIRECT, rng)
+    t = key // 1024
+    return pd.DataFrame({"s": t - key % 1024, "t": t, "weight": _decimals(rng.normal(0, 1, len(t)))})
+
+
+def _firings(nodes: pd.DataFrame, n_prompts: int, rng: np.random.Generator) -> pd.DataFrame:
+    """Every activation, and more that are in no circuit: prompt, feature, position and value, in this order."""
+    active = nodes.loc[nodes["feature"] >= 0, ["p", "feature", "position", "value"]]
     n = n_prompts * N_MORE_FIRINGS
-    more = pd.DataFrame(
-        {"p": np.repeat(np.arange(n_prompts), N_MORE_FIRINGS), "position": rng.integers(1, N_TOKENS, n)}
+    more = pd.DataFrame({"p": np.repeat(np.arange(n_prompts), N_MORE_FIRINGS)})
+    more["feature"] = _feature_number(rng.integers(0, N_LAYERS, n), rng.integers(0, 2, n), _popular(rng, n))
+    more["position"], more["value"] = rng.integers(1, N_TOKENS, n), _decimals(rng.uniform(0.5, 9, n))
+    rows = pd.concat([active, more], ignore_index=True)
+    key = (rows["p"].to_numpy() * _n_features() + rows["feature"].to_numpy()) * N_TOKENS + rows["position"].to_numpy()
+    _, kept = np.unique(key, return_index=True)
+    return rows.iloc[kept].reset_index(drop=True)
+
+
+def _firing_tables(firings: pd.DataFrame, prompts: np.ndarray, features: np.ndarray) -> list[Table]:
+    p, feature, position, value = (firings[name].to_numpy() for name in ("p", "feature", "position", "value"))
+    pair = p * _n_features() + feature
+    first = np.flatnonzero(np.diff(pair, prepend=-1))
+    rows = pd.DataFrame({"source": feature[first], "target": p[first], "max": np.maximum.reduceat(value, first)})
+    rows["positions"] = np.split(position, first[1:])
+    rows["values"] = np.split(value, first[1:])
+    place = pair * N_TOKENS + position
+    begin = np.flatnonzero(np.diff(place, prepend=-2) != 1)
+    length = np.diff(begin, append=len(place))
+    mean = _decimals(np.add.reduceat(value, begin) / length)
+    long = length > 1
+    begin, length = begin[long], length[long]
+    spans = pd.DataFrame({"#": np.arange(len(begin)), "prompt": prompts[p[begin]], "start": position[begin]})
+    spans["end"], spans["length"], spans["mean"] = spans["start"] + length - 1, length, mean[long]
+    spans["id"] = spans["prompt"] + "/" + features[feature[begin]] + "/"
+    spans["id"] += spans["start"].astype(str) + "-" + spans["end"].astype(str)
+    texts = [["".join(f" t{k}" for k in range(i, j)) for j in range(N_TOKENS + 1)] for i in range(N_TOKENS)]
+    spans["text"] = [texts[i][j + 1] for i, j in zip(spans["start"], spans["end"], strict=True)]
+    return [
+        Table("FIRES_ON", rows, ends=("Feature", "Prompt")),
+        Table("Span", spans, "Span"),
+        Table("HAS_SPAN", pd.DataFrame({"source": p[begin], "target": spans["#"]}), ends=("Prompt", "Span")),
+        Table("SPAN_OF", pd.DataFrame({"source": spans["#"], "target": feature[begin]}), ends=("Span", "Feature")),
+    ]
+
+
+def _circuit_tables(
+    nodes: pd.DataFrame, ov: pd.DataFrame, prompts: np.ndarray, rng: np.random.Generator
+) -> list[Table]:
+    """Of each prompt two circuits: its nodes with most OV edges as roots, early nodes as members as a rule."""
+    p, n_prompts = nodes["p"].to_numpy(), len(prompts)
+    count = np.bincount(p, minlength=n_prompts)
+    first = np.cumsum(count) - count
+    degree = np.bincount(ov["t"], minlength=len(nodes))
+    order = np.lexsort((-degree, p))
+    roots = np.concatenate([order[first], order[first + 1]])
+    c = np.repeat(np.arange(len(roots)), N_MEMBERS)
+    of = p[roots][c]
+    n = first[of] + (count[of] * rng.beta(0.6, 1.2, len(c))).astype(np.int64)
+    pair = np.unique(np.concatenate([c * len(nodes) + n, np.arange(len(roots)) * len(nodes) + roots]))
+    members = pd.DataFrame({"source": pair // len(nodes), "target": pair % len(nodes)})
+    members["attribution"] = _decimals(rng.normal(0, 1, len(members)))
+    site, layer = np.where(nodes["mlp"] == 1, "mlp", "attn")[roots], nodes["layer"].to_numpy()[roots].astype(str)
+    place = prompts[p[roots]] + "/" + nodes["position"].to_numpy()[roots].astype(str).astype(object)
+    rows = pd.DataFrame({"#": np.arange(len(roots)), "prompt": prompts[p[roots]], "rule": "relative"})
+    rows["id"] = place + "/" + layer + "/" + site + "/" + nodes["index"].to_numpy()[roots].astype(str) + "/relative"
+    rows["threshold"], rows["root_value"] = 0.02, nodes["pre_activation"].to_numpy()[roots]
+    rows["n_nodes"], rows["n_edges"] = np.bincount(members["source"]), 60
+    rows["faithfulness"] = _decimals(rng.uniform(0, 1, len(rows)))
+    rows["completeness"], rows["error_share"], rows["pruned_share"] = 0.7, 0.2, 0.1
+    link = pd.DataFrame({"source": p[roots], "target": rows["#"]})
+    return [
+        Table("Circuit", rows, "Circuit"),
+        Table("HAS_CIRCUIT", link, ends=("Prompt", "Circuit")),
+        Table("ROOT", pd.DataFrame({"source": rows["#"], "target": roots}), ends=("Circuit", "CircuitNode")),
+        Table("INCLUDES", members, ends=("Circuit", "CircuitNode")),
+    ]
+
+
+def _score_tables(nodes: pd.DataFrame, ov: pd.DataFrame, prompts: np.ndarray, rng: np.random.Generator) -> list[Table]:
+    """Scores of some of the (head, query, key) that OV edges go through, made of the nodes at both tokens."""
+    p, position, rank = (nodes[name].to_numpy() for name in ("p", "position", "rank"))
+    some = rng.choice(len(ov), len(prompts) * N_SCORES, replace=False)
+    s, t, layer, head = (ov[name].to_numpy()[some] for name in ("s", "t", "layer", "head"))
+    key = (((p[t] * N_TOKENS + position[t]) * N_TOKENS + position[s]) * N_LAYERS + layer) * N_HEADS + head
+    _, kept = np.unique(key, return_index=True)
+    s, t, layer, head = (column[kept] for column in (s, t, layer, head))
+    rows = pd.DataFrame({"#": np.arange(len(s)), "prompt": prompts[p[t]], "layer": layer, "head": head})
+    rows["query"], rows["key"] = position[t], position[s]
+    rows["score"], rows["pattern"] = _decimals(rng.normal(0, 4, len(rows))), _decimals(rng.uniform(0, 1, len(rows)))
+    rows["unstored"] = 0.0
+    place = p * N_TOKENS + position
+    texts = [rows[name].astype(str) for name in ("layer", "head", "query", "key")]
+    rows["id"] = rows["prompt"] + "/" + texts[0] + "." + texts[1] + "/" + texts[2] + "-" + texts[3]
+
+    def drawn(at: np.ndarray) -> np.ndarray:
+        first, end = np.searchsorted(place, at), np.searchsorted(place, at, side="right")
+        return first + ((end - first) * rng.uniform(0, 1, len(at))).astype(np.int64)
+
+    a = np.repeat(np.arange(len(rows)), N_QK)
+    u, v = drawn(place[t][a]), drawn(place[s][a])
+    below = (rank[u] < 2 * layer[a]) & (rank[v] < 2 * layer[a])
+    pair = np.unique(
+        (a * 1024 + u - np.searchsorted(place, place[u]))[below] * 1024 + (v - np.searchsorted(place, place[v]))[below]
     )
-    more["layer"], more["site"], more["index"] = rng.integers(0, N_LAYERS, n), rng.integers(0, 2, n), _popular(rng, n)
-    more["value"] = rng.uniform(0.5, 9, n)
-    both = pd.concat([activations[more.columns], more])
-    both = both.sort_values(["p", "layer", "site", "index", "position"])
-    both = both.drop_duplicates(["p", "layer", "site", "index", "position"])
-    grouped = both.groupby(["p", "layer", "site", "index"], sort=False)
-    rows = grouped["value"].max().reset_index(name="max")
-    rows["positions"] = grouped["position"].agg(list).to_list()
-    rows["values"] = grouped["value"].agg(list).to_list()
-    site = np.where(rows["site"] == 1, "mlp", "attn")
-    rows["source"] = "big/" + rows["layer"].astype(str) + "/" + site + "/" + rows["index"].astype(str)
-    rows["target"] = [f"{p:016x}" for p in rows["p"]]
-    return rows[["source", "target", "positions", "values", "max"]]
+    a = pair // 1024 // 1024
+    u = np.searchsorted(place, place[t][a]) + pair // 1024 % 1024
+    v = np.searchsorted(place, place[s][a]) + pair % 1024
+    qk = pd.DataFrame({"source": v, "target": u, "layer": layer[a], "head": head[a]})
+    qk["score"], qk["lift"] = _decimals(rng.normal(0, 1, len(qk))), _decimals(rng.normal(0, 1, len(qk)))
+    return [
+        Table("AttentionScore", rows, "AttentionScore"),
+        Table("QUERY", pd.DataFrame({"source": rows["#"], "target": place[t]}), ends=("AttentionScore", "Token")),
+        Table("KEY", pd.DataFrame({"source": rows["#"], "target": place[s]}), ends=("AttentionScore", "Token")),
+        Table("QK", qk, ends=("CircuitNode", "CircuitNode")),
+    ]
 
 
-def _members(activations: pd.DataFrame, n_prompts: int, rng: np.random.Generator) -> tuple[pd.DataFrame, np.ndarray]:
-    counts = activations["p"].value_counts(sort=False).sort_index().to_numpy()
-    first = np.concatenate([[0], np.cumsum(counts)[:-1]])
-    p = np.repeat(np.arange(n_prompts), 2)
-    roots = first[p] + rng.integers(0, counts[p])
-    c = np.repeat(np.arange(len(p)), N_MEMBERS)
-    n = first[p[c]] + rng.integers(0, counts[p[c]])
-    rows = pd.DataFrame({"c": np.concatenate([c, np.arange(len(p))]), "n": np.concatenate([n, roots])})
-    rows["attribution"] = rng.normal(0, 1, len(rows))
-    return rows.drop_duplicates(["c", "n"]), roots
+def _feeds_tables(nodes: pd.DataFrame, ov: pd.DataFrame, direct: pd.DataFrame) -> list[Table]:
+    tables: list[Table] = []
+    for via, edges in (("OV", ov), ("DIRECT", direct)):
+        feeds = _feeds(nodes, edges)
+        feeds["via"] = via
+        if via == "OV":
+            feeds["layer"] = feeds["target"] // (2 * D_SAE)
+        else:
+            feeds = feeds.drop(columns="head")
+        tables.append(Table("FEEDS", feeds, ends=("Feature", "Feature")))
+    return tables
 
 
-def _feeds(activations: pd.DataFrame, ov: pd.DataFrame, direct: pd.DataFrame) -> pd.DataFrame:
-    feature, p = activations["feature"].to_numpy(), activations["p"].to_numpy()
-    edges = pd.concat([ov.assign(via="OV"), direct.assign(via="DIRECT", layer=-1, head=-1)])
-    edges = pd.DataFrame(
-        {
-            "source": feature[edges["s"]],
-            "target": feature[edges["t"]],
-            "via": edges["via"].to_numpy(),
-            "layer": edges["layer"].to_numpy(),
-            "head": edges["head"].to_numpy(),
-            "prompt": p[edges["t"]],
-            "weight": edges["weight"].to_numpy(),
-            "share": edges["share"].to_numpy(),
-        }
+def _feeds(nodes: pd.DataFrame, edges: pd.DataFrame) -> pd.DataFrame:
+    feature, p = nodes["feature"].to_numpy(), nodes["p"].to_numpy()
+    s, t = edges["s"].to_numpy(), edges["t"].to_numpy()
+    known = (feature[s] >= 0) & (feature[t] >= 0)
+    s, t, weight = s[known], t[known], edges["weight"].to_numpy()[known]
+    head = edges["head"].to_numpy()[known] if "head" in edges else np.zeros(len(s), np.int64)
+    key = (feature[s] * _n_features() + feature[t]) * N_HEADS + head
+    # By pair and then by prompt: edges lie by prompt already.
+    order = np.argsort(key, kind="stable")
+    key, p, weight, share = (
+        key[order],
+        p[t][order],
+        weight[order],
+        (weight / nodes["pre_activation"].to_numpy()[t])[order],
     )
-    grouped = edges.groupby(["source", "target", "via", "layer", "head"])
-    feeds = grouped.agg(
-        n_prompts=("prompt", "nunique"),
-        n_edges=("weight", "size"),
-        total_weight=("weight", "sum"),
-        total_share=("share", "sum"),
-    ).reset_index()
-    feeds["mean_weight"] = feeds["total_weight"] / feeds["n_edges"]
-    feeds["mean_share"] = feeds["total_share"] / feeds["n_edges"]
-    feeds[["layer", "head"]] = feeds[["layer", "head"]].astype("Int64").where(feeds["layer"] >= 0)
-    return feeds
+    new = np.diff(key, prepend=-1) != 0
+    first = np.flatnonzero(new)
+    rows = pd.DataFrame(
+        {"source": key[first] // N_HEADS // _n_features(), "target": key[first] // N_HEADS % _n_features()}
+    )
+    rows["head"] = key[first] % N_HEADS
+    rows["n_prompts"] = np.add.reduceat(new | (np.diff(p, prepend=-1) != 0), first, dtype=np.int64)
+    rows["n_edges"] = np.diff(first, append=len(key))
+    for name, values in (("weight", weight), ("share", share)):
+        rows[f"total_{name}"] = np.add.reduceat(values, first)
+        rows[f"mean_{name}"] = rows[f"total_{name}"] / rows["n_edges"]
+    return rows
 
 
-def _link(source: pd.Series, target: pd.Series) -> pd.DataFrame:
-    return pd.DataFrame({"source": source.to_numpy(), "target": target.to_numpy()})
+def _wire_tables(rng: np.random.Generator) -> list[Table]:
+    target = np.repeat(np.arange(2 * D_SAE, _n_features()), N_WIRES)  # nothing is wired into the first layer here
+    place = target // D_SAE
+    source = (place * rng.uniform(0, 1, len(target))).astype(np.int64) * D_SAE + _popular(rng, len(target))
+    rows = pd.DataFrame(
+        {"source": source, "target": target, "rank": np.tile(np.arange(1, N_WIRES + 1), len(target) // N_WIRES)}
+    )
+    rows["weight"] = _decimals(rng.normal(0, 1, len(rows)))
+    mlp = place % 2 == 1
+    through = rows[~mlp].assign(via="OV", layer=place[~mlp] // 2, head=rng.integers(0, N_HEADS, (~mlp).sum()))
+    ends = ("Feature", "Feature")
+    return [
+        Table("VIRTUAL_WEIGHT", through, ends=ends),
+        Table("VIRTUAL_WEIGHT", rows[mlp].assign(via="MLP"), ends=ends),
+    ]
 
 
-def load_by_rows(store: Store, tables: list[Table]) -> None:
-    """Into an open, empty store: UNWIND in batches, each a transaction."""
-    prepare(store)
-    for table in tables:
-        names = [c for c in table.rows.columns if c not in ("source", "target") or table.labels]
-        values = ", ".join(f"{name}: row.{name}" for name in names)
-        cypher = f"CREATE (:{table.labels.replace(';', ':')} {{{values}}})"
-        if not table.labels:
-            a, b = table.ends
-            find = f"MATCH (a:{a} {{id: row.source}}) MATCH (b:{b} {{id: row.target}})"
-            cypher = f"{find} CREATE (a)-[:{table.name} {{{values}}}]->(b)"
-        for start in range(0, len(table.rows), ROWS):
-            part = table.rows.iloc[start : start + ROWS].astype(object)
-            rows = part.where(part.notna(), None).to_dict("records")
-            store.write(lambda transaction, c=cypher, r=rows: _run(transaction, c, r))
+def _type(table: Table) -> str:
+    return "OF" if table.name == "SPAN_OF" else table.name
 
 
-def _run(transaction: neo4j.ManagedTransaction, cypher: str, rows: list[dict[str, object]]) -> None:
-    transaction.run(f"UNWIND $rows AS row {cypher}", rows=rows).consume()  # type: ignore[arg-type]
+def _parts(rows: pd.DataFrame) -> Iterator[pd.DataFrame]:
+    return (rows.iloc[start : start + ROWS] for start in range(0, len(rows), ROWS))
 
 
-def load_by_import(home: Path, tables: list[Table]) -> None:
+def load_embedded(folder: Path, tables: list[Table]) -> None:
+    """Into a new store of the embedded engine, by its own loader and not through Bolt."""
+    import arcadedb_embedded  # type: ignore[import-untyped]
+    import jpype  # type: ignore[import-untyped]
+
+    with connect(folder) as store:
+        prepare(store)
+        # The engine makes its types when Cypher first names them, and the loader needs them.
+        for labels in (table.labels for table in tables if table.labels):
+            store.change(f"CREATE (n:{labels.replace(';', ':')} {{id: '-'}}) DELETE n")
+        for name in dict.fromkeys(_type(table) for table in tables if not table.labels):
+            store.change(f"CREATE (a:Schema {{id: 'a'}})-[r:{name}]->(b:Schema {{id: 'b'}}) DELETE r, a, b")
+    rids: dict[str, np.ndarray] = {}
+    with arcadedb_embedded.open_database(str(folder / "databases" / "atlas")) as database:
+        vertices, edges = (jpype.JClass(f"com.arcadedb.python.{name}Batcher") for name in ("Vertex", "Edge"))
+        for label in dict.fromkeys(table.labels.split(";")[0] for table in tables if table.labels):
+            rids[label] = np.empty(sum(len(t.rows) for t in tables if t.labels.split(";")[0] == label), dtype=object)
+        with database.graph_batch(batch_size=500_000) as batch:
+            java = batch._java_graph_batch
+            for table in tables:
+                if table.labels:
+                    name = "~".join(sorted(table.labels.split(";")))
+                    for part in _parts(table.rows):
+                        text = part.drop(columns="#").to_json(orient="records", double_precision=15)
+                        made = str(vertices.createVerticesJson(java, name, text))
+                        rids[table.labels.split(";")[0]][part["#"].to_numpy()] = made.split(";")
+                    continue
+                a, b = (rids[end] for end in table.ends)
+                for part in _parts(table.rows):
+                    ends = {"_src": a[part["source"].to_numpy()], "_dst": b[part["target"].to_numpy()]}
+                    rows = pd.concat(
+                        [pd.DataFrame(ends, index=part.index), part.drop(columns=["source", "target"])], axis=1
+                    )
+                    edges.newEdgesJson(java, _type(table), rows.to_json(orient="records", double_precision=15))
+
+
+def load_neo4j(home: Path, tables: list[Table]) -> None:
     """Into the folder of a Neo4j that does not run, by neo4j-admin; the server's `conf` must be there."""
     folder = home / "csv"
     folder.mkdir()
     arguments: list[str] = []
-    for table in tables:
-        rows = table.rows.copy()
-        for name in rows.columns:
-            if isinstance(rows[name].iloc[0], list):
-                rows[name] = [";".join(map(str, items)) for items in rows[name]]
-        path = folder / f"{table.name}.csv"
-        rows.to_csv(path, index=False, header=[_header(table, name) for name in rows.columns])
-        what = f"nodes={table.labels.replace(';', ':')}" if table.labels else f"relationships={table.name}"
+    for number, table in enumerate(tables):
+        path = folder / f"{number}.csv"
+        header = [_header(table, name) for name in table.rows.columns]
+        for part in _parts(table.rows):
+            lists = [name for name in part.columns if _TYPES.get(name, "").endswith("[]")]
+            part = part.assign(**{name: [";".join(map(str, items.tolist())) for items in part[name]] for name in lists})
+            part.to_csv(path, index=False, header=header if not path.exists() else False, mode="a")
+        what = f"nodes={table.labels.replace(';', ':')}" if table.labels else f"relationships={_type(table)}"
         arguments.append(f"--{what}={path}")
     jars = f"{neo4j_server.CACHE / 'lib'}/*"
-    command = [*neo4j_server.JAVA, "-cp", jars, "org.neo4j.server.startup.Neo4jAdminCommand"]
-    command += ["database", "import", "full", "neo4j", "--overwrite-destination", *arguments]
+    command = [*neo4j_server.JAVA, "-Xmx1g", "-cp", jars, "org.neo4j.server.startup.Neo4jAdminCommand"]
+    command += ["database", "import", "full", "neo4j", "--overwrite-destination", "--id-type=integer", *arguments]
     places = {"NEO4J_HOME": str(home), "NEO4J_CONF": str(home / "conf")}
     subprocess.run(command, check=True, cwd=home, env={**os.environ, **places}, stdout=subprocess.DEVNULL)
     shutil.rmtree(folder)
 
 
 def _header(table: Table, name: str) -> str:
-    """A column's heading with its type; ids are looked up among the nodes of one key label."""
-    if name == "id":
-        return f"id:ID({table.labels.split(';')[0]})"
+    """A column's heading with its type; numbers are looked up among the nodes of one key label."""
+    if name == "#":
+        return f":ID({table.labels.split(';')[0]})"
     if name == "source":
         return f":START_ID({table.ends[0]})"
     if name == "target":

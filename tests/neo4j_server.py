@@ -28,7 +28,6 @@ PASSWORD = "a password for tests"
 START_SECONDS = 300
 JAVA = [
     "java",
-    "-Xmx768m",
     "--add-opens=java.base/java.nio=ALL-UNNAMED",
     "--add-opens=java.base/sun.nio.ch=ALL-UNNAMED",
     "--add-opens=java.base/java.util.concurrent=ALL-UNNAMED",
@@ -38,7 +37,7 @@ server.bolt.listen_address=127.0.0.1:{bolt}
 server.bolt.advertised_address=127.0.0.1:{bolt}
 server.http.listen_address=127.0.0.1:{http}
 server.http.advertised_address=127.0.0.1:{http}
-server.memory.pagecache.size=128m
+server.memory.pagecache.size={page_cache}
 dbms.usage_report.enabled=false
 client.allow_telemetry=false
 """
@@ -61,12 +60,15 @@ def missing() -> str | None:
 
 
 @contextlib.contextmanager
-def running(fill: Callable[[Path], None] | None = None) -> Iterator[Neo4jServer]:
+def running(
+    fill: Callable[[Path], None] | None = None, heap: str = "768m", page_cache: str = "128m"
+) -> Iterator[Neo4jServer]:
     """A server with an empty database, stopped at the end.
 
-    `fill` is called with the server's home folder before it starts, to import a database there; this needs the jars.
+    `fill` is called with the server's home folder before it starts, to import a database there; this needs the jars,
+    and so do `heap` and `page_cache`, the server's memory.
     """
-    with _in_container() if _docker_runs() and fill is None else _from_jars(fill) as server:
+    with _in_container() if _docker_runs() and fill is None else _from_jars(fill, heap, page_cache) as server:
         yield server
 
 
@@ -89,20 +91,21 @@ def _in_container() -> Iterator[Neo4jServer]:
 
 
 @contextlib.contextmanager
-def _from_jars(fill: Callable[[Path], None] | None = None) -> Iterator[Neo4jServer]:
+def _from_jars(fill: Callable[[Path], None] | None, heap: str, page_cache: str) -> Iterator[Neo4jServer]:
     jars = _jars()
     with socket.socket() as first, socket.socket() as second:
         first.bind(("127.0.0.1", 0))
         second.bind(("127.0.0.1", 0))
         bolt, http = first.getsockname()[1], second.getsockname()[1]
     with tempfile.TemporaryDirectory(prefix="atlas-neo4j-", ignore_cleanup_errors=True) as home:
+        configuration = CONFIGURATION.format(bolt=bolt, http=http, page_cache=page_cache)
         (Path(home) / "conf").mkdir()
-        (Path(home) / "conf" / "neo4j.conf").write_text(CONFIGURATION.format(bolt=bolt, http=http))
+        (Path(home) / "conf" / "neo4j.conf").write_text(configuration)
         if fill is not None:
             fill(Path(home))
         log = Path(home) / "console.log"
         places = [f"--home-dir={home}", f"--config-dir={home}/conf"]
-        command = [*JAVA, "-cp", f"{jars}/*", "org.neo4j.server.CommunityEntryPoint", *places]
+        command = [*JAVA, f"-Xmx{heap}", "-cp", f"{jars}/*", "org.neo4j.server.CommunityEntryPoint", *places]
         with log.open("wb") as output:
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
         try:
