@@ -8,7 +8,6 @@ SCHEMA names what is stored, METHOD says what the numbers mean.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,28 +93,47 @@ class RunRecord:
     atlas_version: str
 
 
-class FiringRecord(NamedTuple):
-    """Where one feature is active in a prompt: `positions` [n] ascending, `values` [n].
+@dataclass(frozen=True)
+class Firings:
+    """Where features are active in a prompt, feature by feature, in columns, as there are thousands.
 
-    The feature is `<dictionary>/<index>`; `dictionary` is an id of the replacement model. A tuple, as
-    there are thousands in a prompt.
+    Feature i is `index[i]` of the dictionary with the id `dictionaries[dictionary[i]]`. It fires at
+    `position[start[i] : start[i + 1]]`, ascending, with the activations `value` of the same places. Shapes:
+    `dictionary` and `index` [feature], `start` [feature + 1], `position` and `value` [firing].
     """
 
-    dictionary: str
-    index: int  # pyright: ignore[reportIncompatibleMethodOverride]
-    positions: tuple[int, ...]
-    values: tuple[float, ...]
+    dictionaries: tuple[str, ...]
+    dictionary: NDArray[np.int64]
+    index: NDArray[np.int64]
+    start: NDArray[np.int64]
+    position: NDArray[np.int64]
+    value: NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def features(self) -> list[tuple[str, int]]:
+        """(dictionary, index) of every feature."""
+        return [(self.dictionaries[d], i) for d, i in zip(self.dictionary.tolist(), self.index.tolist(), strict=True)]
 
 
-class SpanRecord(NamedTuple):
-    """One feature active on the tokens `start` to `end`, two or more, with their text and its `mean` activation."""
+@dataclass(frozen=True)
+class Spans:
+    """Features active on two or more consecutive tokens, in columns: all [span].
 
-    dictionary: str
-    index: int  # pyright: ignore[reportIncompatibleMethodOverride]
-    start: int
-    end: int
-    text: str
-    mean: float
+    `feature` is the feature's place in the prompt's Firings; it fires on the tokens `start` to `end`, whose text
+    is `text`, with the mean activation `mean`.
+    """
+
+    feature: NDArray[np.int64]
+    start: NDArray[np.int64]
+    end: NDArray[np.int64]
+    text: tuple[str, ...]
+    mean: NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.feature)
 
 
 @dataclass(frozen=True)
@@ -295,12 +313,12 @@ class PromptRecord:
     token_ids: tuple[int, ...]
     token_texts: tuple[str, ...]
     requests: tuple[str, ...]
-    firings: tuple[FiringRecord, ...]
+    firings: Firings
+    spans: Spans
     nodes: tuple[NodeRecord, ...]
     direct: DirectEdges
     ov: OVEdges
     circuits: tuple[CircuitRecord, ...]
-    spans: tuple[SpanRecord, ...] = ()
     task: str | None = None
     source: str | None = None
     fields: Mapping[str, object] = field(default_factory=dict[str, object])

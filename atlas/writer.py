@@ -228,27 +228,29 @@ def _write_text(transaction: neo4j.ManagedTransaction, prompt: PromptRecord, run
 
 
 def _write_features(transaction: neo4j.ManagedTransaction, prompt: PromptRecord) -> None:
-    used = {(f.dictionary, f.index) for f in prompt.firings}
-    used |= {(n.dictionary, n.index) for n in prompt.nodes if n.dictionary is not None and n.index is not None}
-    make_missing(transaction, sorted(used))
+    firings, features = prompt.firings, prompt.firings.features
+    used = {(n.dictionary, n.index) for n in prompt.nodes if n.dictionary is not None and n.index is not None}
+    make_missing(transaction, sorted(used.union(features)))
+    positions, values = firings.position.tolist(), firings.value.tolist()
     _create(
         transaction,
         "MATCH (f:Feature {id: row.feature}) MATCH (p:Prompt {id: row.prompt}) "
         "CREATE (f)-[:FIRES_ON {positions: row.positions, values: row.values, max: row.max}]->(p)",
         [
             {
-                "feature": f"{f.dictionary}/{f.index}",
+                "feature": f"{dictionary}/{index}",
                 "prompt": prompt.id,
-                "positions": list(f.positions),
-                "values": list(f.values),
-                "max": max(f.values),
+                "positions": positions[start:stop],
+                "values": values[start:stop],
+                "max": max(values[start:stop]),
             }
-            for f in prompt.firings
+            for (dictionary, index), (start, stop) in zip(features, pairwise(firings.start.tolist()), strict=True)
         ],
     )
 
 
 def _write_spans(transaction: neo4j.ManagedTransaction, prompt: PromptRecord) -> None:
+    spans, ids = prompt.spans, [f"{dictionary}/{index}" for dictionary, index in prompt.firings.features]
     _create(
         transaction,
         "MATCH (f:Feature {id: row.feature}) MATCH (p:Prompt {id: row.prompt}) "
@@ -256,16 +258,18 @@ def _write_spans(transaction: neo4j.ManagedTransaction, prompt: PromptRecord) ->
         "text: row.text, mean: row.mean}) CREATE (p)-[:HAS_SPAN]->(s) CREATE (s)-[:OF]->(f)",
         [
             {
-                "id": f"{prompt.id}/{s.dictionary}/{s.index}/{s.start}-{s.end}",
+                "id": f"{prompt.id}/{ids[feature]}/{start}-{end}",
                 "prompt": prompt.id,
-                "feature": f"{s.dictionary}/{s.index}",
-                "start": s.start,
-                "end": s.end,
-                "length": s.end + 1 - s.start,
-                "text": s.text,
-                "mean": s.mean,
+                "feature": ids[feature],
+                "start": start,
+                "end": end,
+                "length": end + 1 - start,
+                "text": text,
+                "mean": mean,
             }
-            for s in prompt.spans
+            for text, (feature, start, end, mean) in zip(
+                spans.text, _columns(spans.feature, spans.start, spans.end, spans.mean), strict=True
+            )
         ],
     )
 
@@ -424,12 +428,12 @@ def _refuse_other_weights(transaction: neo4j.ManagedTransaction, model: Replacem
 
 def _refuse_doubles(prompt: PromptRecord) -> None:
     """Not left to the constraints: the embedded engine misses a key that one transaction deletes and makes twice."""
-    direct, ov, scores, qk = prompt.direct, prompt.ov, prompt.scores, prompt.qk
+    direct, ov, scores, qk, spans = prompt.direct, prompt.ov, prompt.scores, prompt.qk, prompt.spans
     groups: dict[str, list[Any]] = {
         "node": [node.id for node in prompt.nodes],
         "circuit": [circuit.id for circuit in prompt.circuits],
-        "firing feature": [(firing.dictionary, firing.index) for firing in prompt.firings],
-        "span": [(span.dictionary, span.index, span.start) for span in prompt.spans],
+        "firing feature": prompt.firings.features,
+        "span": list(_columns(spans.feature, spans.start)),
         "DIRECT edge": list(_columns(direct.source, direct.target)),
         "OV edge": list(_columns(ov.source, ov.target, ov.head)),
         "attention score": list(_columns(scores.layer, scores.head, scores.query, scores.key)),
@@ -447,9 +451,9 @@ def _refuse_infinite(prompt: PromptRecord) -> None:
         v for c in prompt.circuits for v in (c.root_value, c.completeness, c.error_share, c.pruned_share, c.threshold)
     ]
     of_circuits += [v for c in prompt.circuits if c.shares for v in vars(c.shares).values() if not isinstance(v, str)]
-    of_features = [v for f in prompt.firings for v in f.values] + [span.mean for span in prompt.spans]
-    single = np.array([v for v in (*of_nodes, *of_circuits, *of_features) if v is not None], dtype=np.float64)
+    single = np.array([v for v in (*of_nodes, *of_circuits) if v is not None], dtype=np.float64)
     arrays = [single, prompt.direct.weight, prompt.ov.weight, prompt.ov.pattern, prompt.qk.score, prompt.qk.lift]
     arrays += [prompt.scores.score, prompt.scores.pattern, prompt.scores.unstored]
+    arrays += [prompt.firings.value, prompt.spans.mean]
     if not all(np.isfinite(array).all() for array in (*arrays, *(c.attribution for c in prompt.circuits))):
         raise AtlasError(f"The circuits of {prompt.text!r} hold a number that is not finite; nothing was written.")

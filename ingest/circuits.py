@@ -13,16 +13,16 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 
-from atlas.records import CircuitRecord, DirectEdges, FiringRecord, Kind, OVEdges, PromptRecord
+from atlas.records import CircuitRecord, DirectEdges, Kind, OVEdges, PromptRecord
 from ingest.attribution import RULES, Attribution, Roots, attribute
+from ingest.firings import firings, spans
 from ingest.graph import LOOK_SHARE, linear_edges, looks, only_for_scores, qk_edges
 from ingest.model import LanguageModel
 from ingest.nodes import Group, Key, Nodes, root_path
 from ingest.prompts import Prompt
 from ingest.qk import score_nodes, score_parts
-from ingest.replacement import ReplacementModel, Site
+from ingest.replacement import ReplacementModel
 from ingest.roots import Root, RootRequest, from_the_top, resolve, root_table
-from ingest.spans import spans
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ def prompt_record(
     nodes = Nodes(prompt_id, model, replacement, groups, only_for_scores(groups, at, parts), logits)
     direct, ov, unstored = linear_edges(nodes)
     scores, qk = qk_edges(nodes, at, parts)
+    fires = firings(replacement)
     return PromptRecord(
         id=prompt_id,
         replacement_model=replacement_model,
@@ -90,14 +91,14 @@ def prompt_record(
         token_ids=tuple(replacement.trace.tokens.tolist()),
         token_texts=nodes.texts,
         requests=tuple(request.stored for request in requests),
-        firings=tuple(firing for site in (*replacement.attn, *replacement.mlp) for firing in _firings(site)),
+        firings=fires,
+        spans=spans(fires, replacement.trace.tokens.tolist(), model),
         nodes=nodes.records(unstored),
         direct=direct,
         ov=ov,
         scores=scores,
         qk=qk,
         circuits=tuple(circuit for sweep in sweeps for circuit in _circuits(sweep, nodes, direct, ov)),
-        spans=spans(replacement, model),
         task=prompt.task,
         source=prompt.source,
         fields=prompt.fields,
@@ -205,17 +206,3 @@ def _circuits(sweep: Sweep, nodes: Nodes, direct: DirectEdges, ov: OVEdges) -> I
             error_share=error_share,
             pruned_share=pruned_share,
         )
-
-
-def _firings(site: Site) -> list[FiringRecord]:
-    """Every feature of a site that is active after BOS, with its positions and values."""
-    after = slice(site.counts[0], None)
-    index, order = site.index[after].sort(stable=True)
-    features, counts = index.unique_consecutive(return_counts=True)
-    positions, values = tuple(site.position[after][order].tolist()), tuple(site.value[after][order].tolist())
-    stops = counts.cumsum(0).tolist()
-    dictionary = site.dictionary.record.id
-    return [
-        FiringRecord(dictionary, feature, positions[start:stop], values[start:stop])
-        for feature, start, stop in zip(features.tolist(), [0, *stops], stops, strict=False)
-    ]

@@ -29,7 +29,7 @@ BLOCK = 8  # positions whose direct edges are computed at once
 
 @dataclass(frozen=True)
 class Sources:
-    """Nodes that write: `write` is a_u w_u; `depth` orders layers and sites (see `depth_of`)."""
+    """Nodes that write, from the embeddings upward: `write` is a_u w_u, `depth` ascends (see `depth_of`)."""
 
     node: Int[torch.Tensor, " source"]
     depth: Int[torch.Tensor, " source"]
@@ -81,24 +81,21 @@ def direct_edges(sources: Sources, targets: Targets) -> DirectEdges:
 
 def ov_edges(sources: Sources, targets: AttentionTargets, model: ReplacementModel) -> OVEdges:
     """The OV edges into the attention features of one layer that are strong enough to store, per head."""
-    layer, pattern = targets.layer, model.trace.pattern[targets.layer]
-    below = (sources.depth < depth_of(layer, "attn")).nonzero()[:, 0]
-    position = sources.position[below]
-    value = head_values(sources.write[below] / model.trace.sigma_pre[layer][position, None], model.weights.W_V[layer])
-    unweighted = torch.einsum("nhe,uhe->hnu", targets.z_read, value)
-    least = SHARE * targets.value.abs()
-    # A pattern is at most 1, so only these can be strong enough.
-    head, target, source = (unweighted.abs() >= least[:, None]).nonzero(as_tuple=True)
-    attention = pattern[head, targets.position[target], position[source]]
-    weight = unweighted[head, target, source] * attention
-    strong = (weight.abs() >= least[target]) & (weight != 0)
+    layer = targets.layer
+    below = int((sources.depth < depth_of(layer, "attn")).sum())
+    position = sources.position[:below]
+    value = head_values(sources.write[:below] / model.trace.sigma_pre[layer][position, None], model.weights.W_V[layer])
+    pattern = model.trace.pattern[layer].index_select(1, targets.position).index_select(2, position)
+    weight = torch.einsum("nhe,uhe->hnu", targets.z_read, value) * pattern
+    strong = np.flatnonzero(weight.abs() >= SHARE * targets.value[:, None])
+    head, target, source = np.unravel_index(strong, weight.shape)
     return OVEdges(
-        source=sources.node[below[source[strong]]].numpy(),
-        target=targets.node[target[strong]].numpy(),
-        layer=np.full(int(strong.sum()), layer, dtype=np.int64),
-        head=head[strong].numpy(),
-        weight=weight[strong].double().numpy(),
-        pattern=attention[strong].double().numpy(),
+        source=sources.node.numpy()[source],
+        target=targets.node.numpy()[target],
+        layer=np.full(len(strong), layer, dtype=np.int64),
+        head=head,
+        weight=weight.numpy().take(strong).astype(np.float64),
+        pattern=pattern.numpy().take(strong).astype(np.float64),
     )
 
 

@@ -75,6 +75,10 @@ class LanguageModel:
         """The text of several tokens."""
         return str(self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
 
+    def texts(self, tokens: Sequence[list[int]]) -> list[str]:
+        """The texts of many stretches of tokens, at a fraction of what `text` takes for each."""
+        return self.tokenizer.backend_tokenizer.decode_batch(list(tokens), skip_special_tokens=False)
+
     def token_text(self, token: int) -> str:
         """The text of one token, as a person reads it."""
         return self.text([token])

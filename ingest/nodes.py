@@ -60,7 +60,7 @@ class Nodes:
         self.first = np.cumsum([0, *(len(group.position) for group in self.groups)])
         self.n_circuit, self.n_groups = int(self.first[len(circuit)]), int(self.first[-1])
         self.logit_table: Roots = root_table(logits, replacement)
-        self.texts = tuple(model.token_text(token) for token in replacement.trace.tokens.tolist())
+        self.texts = tuple(model.texts([[token] for token in replacement.trace.tokens.tolist()]))
 
     def __len__(self) -> int:
         return self.n_groups + len(self.logits)

@@ -29,9 +29,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from ingest.dictionaries import Dictionary
+from ingest.firings import runs
 from ingest.multitoken import LONGEST, rarity_score
 from ingest.setup import Setup
-from ingest.spans import runs
 
 CARRIED = 0.5
 DENSE = 0.02

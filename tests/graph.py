@@ -1,12 +1,44 @@
 """A stored prompt read back whole, and a record in the same form: equal graphs are equal values."""
 
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
-from atlas.records import Kind, PromptRecord
+from atlas.records import Firings, Kind, PromptRecord, Spans
 from atlas.store import Store
 
 Graph = dict[str, Any]
+
+
+class Firing(NamedTuple):
+    """One feature of a prompt, by its id, and where it fires."""
+
+    feature: str
+    positions: list[int]
+    values: list[float]
+
+
+class Span(NamedTuple):
+    """One span, its feature by its id."""
+
+    feature: str
+    start: int
+    end: int
+    text: str
+    mean: float
+
+
+def firing_rows(firings: Firings) -> list[Firing]:
+    rows: list[Firing] = []
+    for i, (dictionary, index) in enumerate(firings.features):
+        here = slice(int(firings.start[i]), int(firings.start[i + 1]))
+        rows.append(Firing(f"{dictionary}/{index}", firings.position[here].tolist(), firings.value[here].tolist()))
+    return rows
+
+
+def span_rows(firings: Firings, spans: Spans) -> list[Span]:
+    ids = [f.feature for f in firing_rows(firings)]
+    columns = (spans.start.tolist(), spans.end.tolist(), spans.text, spans.mean.tolist())
+    return [Span(ids[f], *row) for f, *row in zip(spans.feature.tolist(), *columns, strict=True)]
 
 
 def graph_of(record: PromptRecord) -> Graph:
@@ -33,13 +65,11 @@ def graph_of(record: PromptRecord) -> Graph:
         },
         "model": record.replacement_model,
         "tokens": [(i, *token) for i, token in enumerate(zip(record.token_ids, record.token_texts, strict=True))],
-        "firings": {
-            f"{f.dictionary}/{f.index}": (list(f.positions), list(f.values), max(f.values)) for f in record.firings
-        },
+        "firings": {f.feature: (f.positions, f.values, max(f.values)) for f in firing_rows(record.firings)},
         "spans": {
-            f"{record.id}/{s.dictionary}/{s.index}/{s.start}-{s.end}": (
+            f"{record.id}/{s.feature}/{s.start}-{s.end}": (
                 {
-                    "id": f"{record.id}/{s.dictionary}/{s.index}/{s.start}-{s.end}",
+                    "id": f"{record.id}/{s.feature}/{s.start}-{s.end}",
                     "prompt": record.id,
                     "start": s.start,
                     "end": s.end,
@@ -47,9 +77,9 @@ def graph_of(record: PromptRecord) -> Graph:
                     "text": s.text,
                     "mean": s.mean,
                 },
-                f"{s.dictionary}/{s.index}",
+                s.feature,
             )
-            for s in record.spans
+            for s in span_rows(record.firings, record.spans)
         },
         "nodes": nodes,
         "direct": sorted(

@@ -17,7 +17,7 @@ from atlas.records import (
     CircuitRecord,
     DictionaryRecord,
     DirectEdges,
-    FiringRecord,
+    Firings,
     Kind,
     ModelRecord,
     MultiTokenRecord,
@@ -28,7 +28,7 @@ from atlas.records import (
     ReplacementModelRecord,
     RunRecord,
     SharesRecord,
-    SpanRecord,
+    Spans,
 )
 
 N_LAYERS, N_HEADS, D_MODEL, D_SAE = 2, 2, 16, 40
@@ -244,7 +244,7 @@ def _with_values(nodes: list[NodeRecord], direct: _Edges, ov: _Edges, rng: np.ra
     return valued
 
 
-def _firings(nodes: list[NodeRecord], rng: np.random.Generator) -> tuple[FiringRecord, ...]:
+def _firings(nodes: list[NodeRecord], rng: np.random.Generator) -> Firings:
     """Every feature among the nodes, and one more of each dictionary, in no circuit, on the first two tokens."""
     found: dict[tuple[str, int], dict[int, float]] = {}
     for node in nodes:
@@ -253,24 +253,36 @@ def _firings(nodes: list[NodeRecord], rng: np.random.Generator) -> tuple[FiringR
     for dictionary in synthetic_model().dictionaries:
         unused = [i for i in range(D_SAE) if (dictionary.id, i) not in found]
         found[dictionary.id, int(rng.choice(unused))] = {t: float(rng.uniform(0.1, 2)) for t in (1, 2)}
-    return tuple(
-        FiringRecord(dictionary, index, tuple(values), tuple(values.values()))
-        for (dictionary, index), values in sorted(found.items())
+    return firings_of(dict(sorted(found.items())))
+
+
+def firings_of(found: dict[tuple[str, int], dict[int, float]]) -> Firings:
+    """Values by position, by dictionary and index, in columns."""
+    dictionaries = tuple(dict.fromkeys(dictionary for dictionary, _ in found))
+    return Firings(
+        dictionaries,
+        dictionary=np.array([dictionaries.index(dictionary) for dictionary, _ in found]),
+        index=np.array([index for _, index in found]),
+        start=np.cumsum([0, *(len(values) for values in found.values())]),
+        position=np.array([t for values in found.values() for t in values]),
+        value=np.array([value for values in found.values() for value in values.values()]),
     )
 
 
-def _spans(firings: tuple[FiringRecord, ...], texts: tuple[str, ...]) -> tuple[SpanRecord, ...]:
+def _spans(firings: Firings, texts: tuple[str, ...]) -> Spans:
     """Every stretch of two or more consecutive positions on which a feature fires."""
-    spans: list[SpanRecord] = []
-    for firing in firings:
-        values = dict(zip(firing.positions, firing.values, strict=True))
+    spans: list[tuple[int, int, int, str, float]] = []
+    for feature in range(len(firings)):
+        here = slice(firings.start[feature], firings.start[feature + 1])
+        values = dict(zip(firings.position[here].tolist(), firings.value[here].tolist(), strict=True))
         for start in (t for t in values if t - 1 not in values):
             end = next(t for t in range(start, len(texts) + 1) if t + 1 not in values)
             if end > start:
                 mean = sum(values[t] for t in range(start, end + 1)) / (end - start + 1)
-                text = "".join(texts[start : end + 1])
-                spans.append(SpanRecord(firing.dictionary, firing.index, start, end, text, mean))
-    return tuple(spans)
+                spans.append((feature, start, end, "".join(texts[start : end + 1]), mean))
+    feature, start, end, text, mean = zip(*spans, strict=True) if spans else ((),) * 5
+    whole = (np.array(column, dtype=np.int64) for column in (feature, start, end))
+    return Spans(*whole, text=text, mean=np.array(mean, dtype=np.float64))
 
 
 def synthetic_multitoken(record: PromptRecord) -> MultiTokenRecord:

@@ -110,18 +110,18 @@ def test_features_of_prompts_keep_what_they_are(store: Store, tmp_path: Path, mo
 
 def test_labels_before_the_dictionary(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, prompt = synthetic_model(), synthetic_prompt(1, n_tokens=4, n_active=2)
-    firing = prompt.firings[0]
-    dictionary = next(d for d in model.dictionaries if d.id == firing.dictionary)
+    name, index = prompt.firings.features[0]
+    dictionary = next(d for d in model.dictionaries if d.id == name)
     source = {"mlp": "tres-dc", "attn": "att-kk"}[dictionary.site]
     monkeypatch.setitem(
         module.SOURCES, ("gpt2-small", source), (f"{model.model.id}/{{layer}}/{dictionary.site}", dictionary.site)
     )
     file = tmp_path / "a.jsonl"
-    file.write_bytes(lines(row(f"{dictionary.layer}-{source}", firing.index, "early")))
+    file.write_bytes(lines(row(f"{dictionary.layer}-{source}", index, "early")))
     imported(store, file)
     register(store, model, synthetic_run())
     write_prompt(store, prompt, "run-1")
-    assert stored(store)[f"{firing.dictionary}/{firing.index}"] == ("early", ["early"])
+    assert stored(store)[f"{name}/{index}"] == ("early", ["early"])
     assert all(check.violations == 0 for check in verify(store))
     kind = store.read("MATCH (d:Dictionary {id: $id}) RETURN d.kind AS kind", id=dictionary.id)["kind"]
     assert kind.tolist() == [dictionary.kind]

@@ -10,6 +10,7 @@ from atlas.records import MultiTokenRecord, PromptRecord
 from atlas.store import Store
 from atlas.verify import verify
 from atlas.writer import delete_prompt, register, write_prompt
+from tests.graph import firing_rows, span_rows
 from tests.synthetic import synthetic_model, synthetic_multitoken, synthetic_prompt, synthetic_run
 
 
@@ -122,7 +123,7 @@ def test_what_it_joins_must_be_there(written: tuple[Store, PromptRecord, MultiTo
 def test_what_finding_reads(written: tuple[Store, PromptRecord, MultiTokenRecord]) -> None:
     store, record, _ = written
     spans = span_table(store, record.replacement_model, 2)
-    expected = {(f"{s.dictionary}/{s.index}", s.start, s.end, s.text) for s in record.spans if s.dictionary[4] > "0"}
+    expected = {s[:4] for s in span_rows(record.firings, record.spans) if s.feature[4] > "0"}
     assert set(spans[["feature", "start", "end", "text"]].itertuples(index=False, name=None)) == expected
     assert len(span_table(store, record.replacement_model, 9)) == len(span_table(store, "another", 2)) == 0
     roots = root_table(store, record.replacement_model, "relative")
@@ -130,7 +131,7 @@ def test_what_finding_reads(written: tuple[Store, PromptRecord, MultiTokenRecord
     found = set(roots[["position", "layer", "site", "index"]].itertuples(index=False, name=None))
     assert found == {(n.position, n.layer, n.site, n.index) for n in mlp}
     assert frequencies(store) == pytest.approx(
-        {f"{f.dictionary}/{f.index}": len(f.positions) / (len(record.token_ids) - 1) for f in record.firings}
+        {f.feature: len(f.positions) / (len(record.token_ids) - 1) for f in firing_rows(record.firings)}
     )
     (prompt,) = read_prompts(store, ["gone", record.id])
     assert (prompt.text, prompt.token_ids, prompt.fields) == (record.text, list(record.token_ids), record.fields)

@@ -8,7 +8,7 @@ import pytest
 
 from atlas import AtlasError
 from atlas.multitoken import write_multitoken
-from atlas.records import DirectEdges, PromptRecord
+from atlas.records import DirectEdges, Firings, PromptRecord, Spans
 from atlas.store import Store
 from atlas.verify import verify
 from atlas.writer import Asked, WriteCounts, asked_before, delete_prompt, finish_run, register, write_prompt
@@ -58,7 +58,7 @@ def test_writing_again_replaces(ready: Store) -> None:
     before = _counts(ready)
     assert write_prompt(ready, first, "run-1").replaced
     assert _counts(ready) == before
-    changed = replace(first, circuits=first.circuits[:1], requests=("other",), firings=first.firings[:2])
+    changed = replace(first, circuits=first.circuits[:1], requests=("other",), **_firings(first, [0, 1]))
     write_prompt(ready, changed, "run-1")
     assert graph_in(ready, first.id) == graph_of(changed)
     assert graph_in(ready, other.id) == graph_of(other)
@@ -83,6 +83,22 @@ def _appended(arrays: Any, **changed: float) -> Any:
     return replace(arrays, **{name: np.append(a, changed.get(name, a[-1])) for name, a in vars(arrays).items()})
 
 
+def _firings(record: PromptRecord, features: list[int]) -> dict[str, Any]:
+    """The firings of these features alone, and no spans."""
+    f, none = record.firings, np.zeros(0, dtype=np.int64)
+    places = [np.arange(f.start[i], f.start[i + 1]) for i in features]
+    here = np.concatenate(places)
+    start = np.cumsum([0, *map(len, places)])
+    firings = Firings(f.dictionaries, f.dictionary[features], f.index[features], start, f.position[here], f.value[here])
+    return {"firings": firings, "spans": Spans(none, none, none, (), np.zeros(0))}
+
+
+def _twice() -> Spans:
+    """The span of feature 0 on the tokens 1 and 2, twice."""
+    zero, one, two = (np.full(2, i) for i in range(3))
+    return Spans(zero, one, two, (" a b",) * 2, np.ones(2))
+
+
 def _edge_to(record: PromptRecord, weight: float) -> PromptRecord:
     edges = DirectEdges(*(np.append(a, x) for a, x in zip(vars(record.direct).values(), (0, 1, weight), strict=True)))
     return replace(record, direct=edges)
@@ -94,15 +110,17 @@ def _edge_to(record: PromptRecord, weight: float) -> PromptRecord:
         lambda record: replace(record, nodes=(*record.nodes, record.nodes[0])),
         lambda record: replace(record, nodes=(*record.nodes, replace(record.nodes[0], id="x", position=99))),
         lambda record: replace(record, circuits=(*record.circuits, record.circuits[0])),
-        lambda record: replace(record, firings=(*record.firings, record.firings[0])),
+        lambda record: replace(record, **_firings(record, [0, 0])),
         lambda record: _edge_to(_edge_to(record, 1.0), 2.0),
         lambda record: replace(record, replacement_model="nobody's"),
-        lambda record: replace(record, firings=(record.firings[0]._replace(dictionary="nobody's"),)),
+        lambda record: replace(record, firings=replace(record.firings, dictionaries=("nobody's",) * 4)),
         lambda record: _edge_to(record, float("nan")),
         lambda record: replace(record, scores=_appended(record.scores, score=0.0)),
         lambda record: replace(record, qk=_appended(record.qk, score=0.0)),
         lambda record: replace(record, qk=_appended(record.qk, head=7, lift=float("inf"))),
         lambda record: replace(record, circuits=(replace(record.circuits[0], completeness=float("inf")),)),
+        lambda record: replace(record, firings=replace(record.firings, value=record.firings.value * float("nan"))),
+        lambda record: replace(record, spans=_twice()),
     ],
     ids=[
         "node twice",
@@ -117,6 +135,8 @@ def _edge_to(record: PromptRecord, weight: float) -> PromptRecord:
         "QK edge twice",
         "infinite lift",
         "infinite share",
+        "nan firing",
+        "span twice",
     ],
 )
 def test_a_broken_prompt_changes_nothing(ready: Store, broken) -> None:  # type: ignore[no-untyped-def]

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from ingest.firings import firings, runs, spans
 from ingest.setup import set_up
-from ingest.spans import runs, spans
+from tests.graph import firing_rows, span_rows
 from tests.ingest.models import write_random
 from tests.ingest.test_attribution import dense
 
@@ -30,39 +31,59 @@ def by_hand(replacement, model):
                 if not fires and start is not None:
                     if t - start > 1:
                         mean = round(float(values[start:t, index].mean()), 5)
-                        found.add((site.dictionary.record.id, index, start, t - 1, model.text(tokens[start:t]), mean))
+                        feature = f"{site.dictionary.record.id}/{index}"
+                        found.add((feature, start, t - 1, model.text(tokens[start:t]), mean))
                     start = None
     return found
+
+
+def found_spans(replacement, model):
+    fires = firings(replacement)
+    return span_rows(fires, spans(fires, replacement.trace.tokens.tolist(), model))
 
 
 @pytest.mark.parametrize("text", ["The capital of Texas is", "The old house", "é漢 said", "T"])
 def test_every_run_of_two_and_more_is_a_span(setup, text):
     replacement = setup.replace(setup.model.tokens(text))
-    found = spans(replacement, setup.model)
-    assert {(*span[:5], round(span.mean, 5)) for span in found} == by_hand(replacement, setup.model)
-    assert len({span[:3] for span in found}) == len(found)
+    found = found_spans(replacement, setup.model)
+    assert {(*span[:4], round(span.mean, 5)) for span in found} == by_hand(replacement, setup.model)
+    assert len({span[:2] for span in found}) == len(found)
     if text.startswith("The capital"):
         last = len(replacement.trace.tokens) - 1
         assert any(span.start == 1 for span in found), "some begin with the prompt"
         assert any(span.end == last for span in found), "some end with it"
 
 
+def test_firings_are_the_activations_after_bos(setup):
+    replacement = setup.replace(setup.model.tokens("The capital of Texas is"))
+    expected = {}
+    for site in (*replacement.attn, *replacement.mlp):
+        values = dense(site, site.value)
+        for index in torch.nonzero((values[1:] != 0).any(0))[:, 0].tolist():
+            positions = [t for t in range(1, len(values)) if values[t, index] != 0]
+            at = (positions, values[positions, index].tolist())
+            expected[f"{site.dictionary.record.id}/{index}"] = at
+    found = firing_rows(firings(replacement))
+    assert {fires.feature: fires[1:] for fires in found} == expected
+    assert len(found) == len(expected)
+
+
 def test_one_token_has_no_span(setup):
     tokens = setup.model.tokens("T")
     assert len(tokens) == 2
-    assert spans(setup.replace(tokens), setup.model) == ()
+    assert found_spans(setup.replace(tokens), setup.model) == []
 
 
 def test_what_fires_everywhere_is_one_long_span(setup):
     replacement = setup.replace(setup.model.tokens("The capital of Texas is"))
     last = len(replacement.trace.tokens) - 1
     everywhere = {
-        (site.dictionary.record.id, index)
+        f"{site.dictionary.record.id}/{index}"
         for site in (*replacement.attn, *replacement.mlp)
         for index in torch.nonzero((dense(site, site.value)[1:] != 0).all(0))[:, 0].tolist()
     }
     assert everywhere
-    found = [span for span in spans(replacement, setup.model) if span[:2] in everywhere]
+    found = [span for span in found_spans(replacement, setup.model) if span.feature in everywhere]
     assert {(span.start, span.end) for span in found} == {(1, last)}
     assert len(found) == len(everywhere)
 

@@ -14,10 +14,11 @@ from atlas.store import connect
 from atlas.verify import verify
 from ingest import scan as scanning
 from ingest.corpus import BEGINNING, blocks, text_files
+from ingest.firings import firings, spans
 from ingest.scan import Finds, Scanner
 from ingest.setup import set_up
-from ingest.spans import spans
 from ingest.wild import picks, scan, tasks
+from tests.graph import span_rows
 from tests.ingest.test_planted import LETTERS, N_CTX, write_planted
 
 
@@ -82,22 +83,24 @@ def test_windows_are_the_files_in_order(corpus, setup):
 def test_the_scan_counts_what_exact_encoding_finds(corpus, setup, tmp_path):
     scanner, counted = scanned(corpus, setup, tmp_path / "scan.npz")
     windows = windows_of(corpus, setup)
-    firings, shown = Counter(), Counter()
+    fired, shown = Counter(), Counter()
     for row in windows:
         replacement = setup.replace(row.tolist())
         for site in (*replacement.attn, *replacement.mlp):
             after = site.position > 0
-            firings.update((site.dictionary.record.id, i) for i in site.index[after].tolist())
+            fired.update((site.dictionary.record.id, i) for i in site.index[after].tolist())
         phrases = set()
-        for span in spans(replacement, setup.model):
-            if span.end - span.start < 8 and span.dictionary.endswith("1/attn") and span.index:
+        fires = firings(replacement)
+        for span in span_rows(fires, spans(fires, row.tolist(), setup.model)):
+            dictionary, _, index = span.feature.rpartition("/")
+            if span.end - span.start < 8 and dictionary.endswith("1/attn") and index != "0":
                 # no letter of the second layer is due to a token alone after BOS: all is carried
-                phrases.add((span.index, span.text))
+                phrases.add((int(index), span.text))
         shown.update(phrases)
     assert counted.firings.sum() > 1000
     for number, n in enumerate(counted.firings.tolist()):
         dictionary, index = scanner.feature(number)
-        assert n == firings[dictionary.record.id, index]
+        assert n == fired[dictionary.record.id, index]
     assert counted.n_tokens == windows[:, 1:].size
     columns = counted.finds.columns
     ours = {}

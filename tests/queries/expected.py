@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from atlas.records import PromptRecord
+from tests.graph import firing_rows
 
 LABELS = {"toy/1/mlp/24": 'a "label" with `ticks` and [bold]brackets[/bold]', "toy/0/attn/11": "stones"}
 
@@ -56,9 +57,9 @@ def tables(prompts: list[PromptRecord]) -> Tables:
             circuits.append(row)
             for m, a in zip(c.members, c.attribution, strict=True):
                 members.append({"circuit": c.id, "node": ids[m], "attribution": a, "is_root": m == c.root})
-        for f in p.firings:
-            row = {"feature": f"{f.dictionary}/{f.index}", "prompt": p.id, "task": p.task, "tokens": p.token_texts}
-            firings.append(row | {"positions": list(f.positions), "values": list(f.values)})
+        for f in firing_rows(p.firings):
+            row = {"feature": f.feature, "prompt": p.id, "task": p.task, "tokens": p.token_texts}
+            firings.append(row | {"positions": f.positions, "values": f.values})
         scores = {look[:4]: look[4:] for look in zip(*(a.tolist() for a in vars(p.scores).values()), strict=True)}
         for s, t, la, h, qk, lift in zip(*(a.tolist() for a in vars(p.qk).values()), strict=True):
             query, key = p.nodes[t].position, p.nodes[s].position

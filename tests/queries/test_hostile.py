@@ -28,7 +28,7 @@ def hostile(store: Store) -> Store:
                 source=HOSTILE,
                 fields={HOSTILE: HOSTILE},
                 nodes=tuple(replace(node, name=HOSTILE) for node in prompt.nodes),
-                spans=tuple(span._replace(text=HOSTILE) for span in prompt.spans),
+                spans=replace(prompt.spans, text=(HOSTILE,) * len(prompt.spans)),
             ),
             "run-1",
         )
