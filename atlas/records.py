@@ -8,6 +8,7 @@ SCHEMA names what is stored, METHOD says what the numbers mean.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -136,14 +137,14 @@ class Spans:
         return len(self.feature)
 
 
-@dataclass(frozen=True)
-class NodeRecord:
+class NodeRecord(NamedTuple):
     """One node of a prompt's attribution graphs; what does not apply to its kind is None.
 
     `layer` is -1 for embeddings and n_layers for logits. Features have dictionary, index,
     value, pre_activation, constant and unstored; embeddings token_id; errors norm;
     logits token (text), logit, probability, pre_activation, constant and unstored, and `versus`
     (text) where the root is a difference of two tokens; their logit and probability are then differences.
+    A tuple, as there are a thousand in a prompt.
     """
 
     id: str
@@ -152,7 +153,7 @@ class NodeRecord:
     layer: int
     name: str
     dictionary: str | None = None
-    index: int | None = None
+    index: int | None = None  # pyright: ignore[reportIncompatibleMethodOverride]
     site: str | None = None
     value: float | None = None
     pre_activation: float | None = None

@@ -285,7 +285,7 @@ def _write_nodes(transaction: neo4j.ManagedTransaction, prompt: PromptRecord) ->
 
 
 def _node_row(prompt: str, node: NodeRecord) -> Row:
-    row = {key: value for key, value in vars(node).items() if value is not None and key != "kind"}
+    row = {key: value for key, value in node._asdict().items() if value is not None and key != "kind"}
     row |= {"prompt": prompt, "at": f"{prompt}/{node.position}"}
     if node.dictionary is not None:
         row["feature"] = f"{node.dictionary}/{node.index}"

@@ -252,18 +252,15 @@ def _features(
     site: Site, g: Float[torch.Tensor, "row d_out"], rows: Rows, keep: Keep, value: Float[torch.Tensor, " begun"]
 ) -> tuple[torch.Tensor, torch.Tensor, Float[torch.Tensor, "begun active"]]:
     """Attributions, what is kept, and the gradients of kept features, zero where pruned; all [begun, active]."""
-    counts = torch.tensor(site.counts)
-    ends = functional.pad(counts[rows.position].cumsum(0), (1, 0))
-    # A root reaches the features up to its position: the first so many of the list.
-    reached = counts.cumsum(0)[rows.position[rows.start[1:] - 1]].tolist()
-    columns = torch.cat([site.index[:n] for n in reached]) if reached else site.index[:0]
+    # A root reaches the features up to its own position: the first so many of the list.
+    reached = site.position <= rows.position[rows.start[1:] - 1][:, None]
+    columns = site.index.expand_as(reached)[reached]
+    ends = functional.pad(torch.tensor(site.counts)[rows.position].cumsum(0), (1, 0))
     at = torch.sparse_csr_tensor(
         ends, columns, g.new_zeros(len(columns)), (len(g), len(site.dictionary.W_dec)), check_invariants=False
     )
     products = torch.sparse.sampled_addmm(at, g, site.dictionary.W_dec.T, beta=0.0).values()
-    gradient = g.new_zeros(len(reached), len(site.index))
-    for root, part in enumerate(products.split(reached)):
-        gradient[root, : len(part)] = part
+    gradient = g.new_zeros(reached.shape).masked_scatter_(reached, products)
     attr = gradient * site.value
     kept = keep(attr, value)
     return attr, kept, gradient * kept

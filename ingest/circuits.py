@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from atlas.records import CircuitRecord, DirectEdges, Kind, OVEdges, PromptRecord
 from ingest.attribution import RULES, Attribution, Roots, attribute
 from ingest.firings import firings, spans
-from ingest.graph import LOOK_SHARE, linear_edges, looks, only_for_scores, qk_edges
+from ingest.graph import LOOK_SHARE, attention_targets, linear_edges, looks, only_for_scores, qk_edges
 from ingest.model import LanguageModel
 from ingest.nodes import Group, Key, Nodes, root_path
 from ingest.prompts import Prompt
@@ -48,8 +48,9 @@ class CircuitRequest:
 
     def threshold_of(self, root: Root) -> float:
         """The threshold for a root that this request names."""
-        logit = root.site == "logit" and self.logit_threshold is not None
-        return self.logit_threshold if logit else self.threshold
+        if root.site == "logit" and self.logit_threshold is not None:
+            return self.logit_threshold
+        return self.threshold
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,12 @@ def prompt_record(
     sweeps = _sweeps(requests, replacement)
     logits = list(dict.fromkeys(root for sweep in sweeps for root in sweep.roots if root.site == "logit"))
     groups = _groups(sweeps, replacement)
-    looked = looks(groups, replacement, requests[0].look_share or LOOK_SHARE)
+    attention = attention_targets(groups, replacement)
+    looked = looks(attention, requests[0].look_share or LOOK_SHARE)
     at = score_nodes(replacement, looked)
     parts = score_parts(replacement, at, looked)
     nodes = Nodes(prompt_id, model, replacement, groups, only_for_scores(groups, at, parts), logits)
-    direct, ov, unstored = linear_edges(nodes)
+    direct, ov, unstored = linear_edges(nodes, attention)
     scores, qk = qk_edges(nodes, at, parts)
     fires = firings(replacement)
     return PromptRecord(
@@ -115,15 +117,17 @@ def _sweeps(requests: Sequence[CircuitRequest], replacement: ReplacementModel) -
     for rule, of in threshold.items():
         roots = from_the_top(of)
         table = root_table(roots, replacement)
-        keep = RULES[rule](torch.tensor([of[root] for root in roots], dtype=table.value.dtype))
-        attribution = attribute(replacement, table, keep)
-        leaves = {leaf: (attr, keep(attr, table.value)) for leaf, attr in _leaves(attribution).items()}
+        each = torch.tensor([of[root] for root in roots], dtype=table.value.dtype)
+        attribution = attribute(replacement, table, RULES[rule](each))
+        leaves = _leaves(attribution, rule, each, table.value)
         sweeps.append(Sweep(rule, [of[root] for root in roots], roots, table, attribution, leaves))
     return sweeps
 
 
-def _leaves(attribution: Attribution) -> dict[Key, Float[torch.Tensor, "root pos"]]:
-    """The leaves of the sweep by kind, layer and site."""
+def _leaves(
+    attribution: Attribution, rule: str, threshold: Float[torch.Tensor, " root"], value: Float[torch.Tensor, " root"]
+) -> dict[Key, tuple[Float[torch.Tensor, "root pos"], Bool[torch.Tensor, "root pos"]]]:
+    """The leaves of the sweep by kind, layer and site, and which of them pass the rule."""
     leaves: dict[Key, torch.Tensor] = {
         (Kind.EMBEDDING, -1, ""): attribution.embedding,
         (Kind.POSITION, -1, ""): attribution.position,
@@ -132,7 +136,9 @@ def _leaves(attribution: Attribution) -> dict[Key, Float[torch.Tensor, "root pos
         for site, found in (("attn", attribution.attn[layer]), ("mlp", attribution.mlp[layer])):
             leaves[Kind.ERROR, layer, site] = found.error
             leaves[Kind.BIAS, layer, site] = found.bias
-    return leaves
+    attr, n = torch.stack(list(leaves.values())), len(leaves)
+    passes = RULES[rule](threshold.repeat(n))(attr.flatten(0, 1), value.repeat(n)).view_as(attr)
+    return {key: (attr[i], passes[i]) for i, key in enumerate(leaves)}
 
 
 def _groups(sweeps: Sequence[Sweep], replacement: ReplacementModel) -> list[Group]:

@@ -128,6 +128,11 @@ class Dictionary:
         """b_enc - b_in . enc: the features' pre-activations on an input of zero."""
         return self.b_enc - self.b_in @ self.W_enc
 
+    @cached_property
+    def decoder_norm(self) -> Float[torch.Tensor, " d_sae"]:
+        """The lengths of what the features write."""
+        return self.W_dec.norm(dim=1)
+
 
 def places_in(directory: Path) -> list[Place]:
     """The dictionaries in `directory`, one folder each. Raises AtlasError when there is none."""

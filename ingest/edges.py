@@ -50,13 +50,14 @@ class Targets:
 
 @dataclass(frozen=True)
 class AttentionTargets:
-    """Attention features of one layer; `z_read` is how they read z, per head."""
+    """Attention features of one layer; `z_read` is how they read z, per head, `incoming` all that reaches them."""
 
     layer: int
     node: Int[torch.Tensor, " target"]
     position: Int[torch.Tensor, " target"]
     z_read: Float[torch.Tensor, "target head d_head"]
     value: Float[torch.Tensor, " target"]
+    incoming: Float[torch.Tensor, "target head key"]
 
 
 def depth_of(layer: int, site: str) -> int:
@@ -111,8 +112,12 @@ def incoming_direct(targets: Targets, resid: Float[torch.Tensor, "target d_model
     return (targets.read.double() * resid.double()).sum(1)
 
 
-def incoming_ov(targets: AttentionTargets, model: ReplacementModel) -> Float[torch.Tensor, "target head key"]:
-    """All that reaches attention features, by head and position."""
-    layer, trace = targets.layer, model.trace
-    moved = torch.einsum("nhe,she->nhs", targets.z_read, trace.v[layer] - model.weights.b_V[layer])
-    return (moved * trace.pattern[layer][:, targets.position].transpose(0, 1)).double()
+def incoming_ov(
+    layer: int,
+    position: Int[torch.Tensor, " target"],
+    z_read: Float[torch.Tensor, "target head d_head"],
+    model: ReplacementModel,
+) -> Float[torch.Tensor, "target head key"]:
+    """All that reaches attention features at `position`, by head and key; in float64."""
+    moved = torch.einsum("nhe,she->nhs", z_read, model.trace.v[layer] - model.weights.b_V[layer])
+    return (moved * model.trace.pattern[layer].index_select(1, position).transpose(0, 1)).double()

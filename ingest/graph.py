@@ -32,14 +32,21 @@ from ingest.replacement import ReplacementModel, centre
 LOOK_SHARE = 0.05
 
 
-def linear_edges(nodes: Nodes) -> tuple[DirectEdges, OVEdges, Float[np.ndarray, " node"]]:
-    """DIRECT and OV edges, and per feature and logit the part of its pre-activation that no stored edge carries."""
-    targets = _reading(nodes)
-    attention = [
-        _attention(group, nodes.numbers(i), nodes.replacement)
-        for i, group in enumerate(nodes.circuit)
+def attention_targets(groups: Sequence[Group], replacement: ReplacementModel) -> list[AttentionTargets]:
+    """The attention features of a prompt's circuits, whose `groups` are the first to be numbered."""
+    first = np.cumsum([0, *(len(group.place) for group in groups)])
+    return [
+        _attention(group, torch.arange(first[i], first[i + 1]), replacement)
+        for i, group in enumerate(groups)
         if group.site == "attn" and group.of_features and len(group.place)
     ]
+
+
+def linear_edges(
+    nodes: Nodes, attention: Sequence[AttentionTargets]
+) -> tuple[DirectEdges, OVEdges, Float[np.ndarray, " node"]]:
+    """DIRECT and OV edges, and per feature and logit the part of its pre-activation that no stored edge carries."""
+    targets = _reading(nodes)
     sources = _sources(nodes)
     if nodes.replacement.open_below(nodes.replacement.n_layers):
         direct, ov = open_edges(sources, targets, attention, nodes.replacement)
@@ -51,22 +58,19 @@ def linear_edges(nodes: Nodes) -> tuple[DirectEdges, OVEdges, Float[np.ndarray, 
         unstored[nodes.numbers(i)] = _reaching(nodes, nodes.groups[i])
     unstored[targets.node] = incoming_direct(targets, _streams(nodes))
     for at in attention:
-        unstored[at.node] = incoming_ov(at, nodes.replacement).sum((1, 2))
+        unstored[at.node] = at.incoming.sum((1, 2))
     unstored -= np.bincount(direct.target, direct.weight, len(nodes))
     unstored -= np.bincount(ov.target, ov.weight, len(nodes))
     return direct, ov, unstored
 
 
-def looks(groups: Sequence[Group], replacement: ReplacementModel, look_share: float) -> Int[torch.Tensor, "score 4"]:
+def looks(attention: Sequence[AttentionTargets], look_share: float) -> Int[torch.Tensor, "score 4"]:
     """(layer, head, query, key) of every score that is taken apart, each once."""
     found = [torch.zeros(0, 4, dtype=torch.long)]
-    for group in groups:
-        if group.site != "attn" or not group.of_features or not len(group.place):
-            continue
-        targets = _attention(group, torch.arange(len(group.place)), replacement)
-        share = incoming_ov(targets, replacement) / targets.value[:, None, None]
+    for targets in attention:
+        share = targets.incoming / targets.value[:, None, None]
         target, head, key = (share.abs() >= look_share).nonzero(as_tuple=True)
-        at = torch.stack([torch.full_like(head, group.layer), head, group.position[target], key], 1)
+        at = torch.stack([torch.full_like(head, targets.layer), head, targets.position[target], key], 1)
         found.append(at.unique(dim=0))
     return torch.cat(found)
 
@@ -144,7 +148,8 @@ def _streams(nodes: Nodes) -> Float[torch.Tensor, "target d_model"]:
 def _attention(group: Group, numbers: Int[torch.Tensor, " n"], replacement: ReplacementModel) -> AttentionTargets:
     site = replacement.site(group.layer, "attn")
     z_read = replacement.z_read(group.layer, site.index[group.place])
-    return AttentionTargets(group.layer, numbers, group.position, z_read, site.value[group.place])
+    incoming = incoming_ov(group.layer, group.position, z_read, replacement)
+    return AttentionTargets(group.layer, numbers, group.position, z_read, site.value[group.place], incoming)
 
 
 def _concatenate(parts: Sequence[OVEdges]) -> OVEdges:

@@ -61,6 +61,8 @@ class Nodes:
         self.n_circuit, self.n_groups = int(self.first[len(circuit)]), int(self.first[-1])
         self.logit_table: Roots = root_table(logits, replacement)
         self.texts = tuple(model.texts([[token] for token in replacement.trace.tokens.tolist()]))
+        # Where a node stands, in words: `@ Texas`.
+        self.at = ("@ BOS", *(f"@ {text.strip() or repr(text)}" for text in self.texts[1:]))
 
     def __len__(self) -> int:
         return self.n_groups + len(self.logits)
@@ -135,7 +137,7 @@ class Nodes:
                 kind=group.kind,
                 position=t,
                 layer=layer,
-                name=f"L{layer} {site} {j} {self.at(t)}",
+                name=f"L{layer} {site} {j} {self.at[t]}",
                 dictionary=dictionary,
                 index=j,
                 site=site,
@@ -159,14 +161,14 @@ class Nodes:
                     kind=group.kind,
                     position=t,
                     layer=-1,
-                    name=f"embedding {self.at(t)}",
+                    name=f"embedding {self.at[t]}",
                     token_id=tokens[t],
                 )
                 for t in positions
             ]
         if group.kind is Kind.POSITION:
             return [
-                NodeRecord(f"{prompt}/{t}/position", group.kind, t, -1, f"position {t} {self.at(t)}") for t in positions
+                NodeRecord(f"{prompt}/{t}/position", group.kind, t, -1, f"position {t} {self.at[t]}") for t in positions
             ]
         word = "error" if group.kind is Kind.ERROR else "bias"
         norms = self.write(group).norm(dim=1).tolist() if group.kind is Kind.ERROR else [None] * len(positions)
@@ -176,7 +178,7 @@ class Nodes:
                 kind=group.kind,
                 position=t,
                 layer=layer,
-                name=f"L{layer} {site} {word} {self.at(t)}",
+                name=f"L{layer} {site} {word} {self.at[t]}",
                 site=site,
                 norm=norm,
             )
@@ -193,7 +195,7 @@ class Nodes:
             kind=Kind.LOGIT,
             position=root.position,
             layer=root.layer,
-            name=f'logit "{token}"{"" if versus is None else f" - {versus!r}"} {self.at(root.position)}',
+            name=f'logit "{token}"{"" if versus is None else f" - {versus!r}"} {self.at[root.position]}',
             pre_activation=value,
             constant=float(self.logit_table.constant[i]),
             unstored=float(unstored),
@@ -202,10 +204,6 @@ class Nodes:
             logit=value,
             probability=float(probability) if versus is None else None,
         )
-
-    def at(self, position: int) -> str:
-        """Where a node stands, in words: `@ Texas`."""
-        return "@ BOS" if position == 0 else f"@ {self.texts[position].strip() or repr(self.texts[position])}"
 
 
 def root_path(root: Root) -> str:

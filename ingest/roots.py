@@ -150,7 +150,7 @@ def _logits(model: ReplacementModel, position: int) -> list[Root]:
 def _strength(model: ReplacementModel, layer: int) -> Float[torch.Tensor, " active"]:
     """Activation times decoder norm of a layer's MLP features, zero on BOS."""
     site = model.mlp[layer]
-    return site.value * site.dictionary.W_dec[site.index].norm(dim=1) * (site.position > 0)
+    return site.value * site.dictionary.decoder_norm[site.index] * (site.position > 0)
 
 
 def _features(model: ReplacementModel) -> list[Root]:

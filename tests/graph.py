@@ -46,7 +46,7 @@ def graph_of(record: PromptRecord) -> Graph:
     ids = [node.id for node in record.nodes]
     nodes: dict[str, Any] = {}
     for node in record.nodes:
-        given = {k: v for k, v in vars(node).items() if v is not None and k not in ("kind", "dictionary", "index")}
+        given = {k: v for k, v in node._asdict().items() if v is not None and k not in ("kind", "dictionary", "index")}
         labels = {"CircuitNode", str(node.kind)} | ({"Activation"} if node.kind in (Kind.MLP, Kind.ATTN) else set())
         feature = None if node.dictionary is None else f"{node.dictionary}/{node.index}"
         at = f"{record.id}/{node.position}"

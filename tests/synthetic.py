@@ -239,8 +239,7 @@ def _with_values(nodes: list[NodeRecord], direct: _Edges, ov: _Edges, rng: np.ra
         constant = float(rng.uniform(0.5, 3)) - float(total) - unstored
         pre = constant + float(total) + unstored
         value = {"logit": pre} if node.kind is Kind.LOGIT else {"value": pre}
-        changed = {**node.__dict__, **value, "pre_activation": pre, "constant": constant, "unstored": unstored}
-        valued.append(NodeRecord(**changed))
+        valued.append(node._replace(**value, pre_activation=pre, constant=constant, unstored=unstored))
     return valued
 
 

@@ -184,7 +184,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Picture]:
             text=HOSTILE,
             task=HOSTILE,
             token_texts=tuple(HOSTILE for _ in p.token_texts),
-            nodes=tuple(replace(n, name=f"{n.name}{HOSTILE}") for n in p.nodes),
+            nodes=tuple(n._replace(name=f"{n.name}{HOSTILE}") for n in p.nodes),
         )
         for p in (prompt, other)
     ]

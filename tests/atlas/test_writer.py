@@ -108,7 +108,7 @@ def _edge_to(record: PromptRecord, weight: float) -> PromptRecord:
     "broken",
     [
         lambda record: replace(record, nodes=(*record.nodes, record.nodes[0])),
-        lambda record: replace(record, nodes=(*record.nodes, replace(record.nodes[0], id="x", position=99))),
+        lambda record: replace(record, nodes=(*record.nodes, record.nodes[0]._replace(id="x", position=99))),
         lambda record: replace(record, circuits=(*record.circuits, record.circuits[0])),
         lambda record: replace(record, **_firings(record, [0, 0])),
         lambda record: _edge_to(_edge_to(record, 1.0), 2.0),
@@ -159,7 +159,7 @@ def test_a_run_that_is_not_there(ready: Store) -> None:
 def test_hostile_text_is_only_text(ready: Store) -> None:
     record = _small(1)
     nodes = tuple(
-        replace(n, id=n.id + HOSTILE, name=HOSTILE, token=n.token and HOSTILE, versus=n.versus and HOSTILE)
+        n._replace(id=n.id + HOSTILE, name=HOSTILE, token=n.token and HOSTILE, versus=n.versus and HOSTILE)
         for n in record.nodes
     )
     hostile = replace(

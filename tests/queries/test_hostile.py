@@ -27,7 +27,7 @@ def hostile(store: Store) -> Store:
                 task=HOSTILE,
                 source=HOSTILE,
                 fields={HOSTILE: HOSTILE},
-                nodes=tuple(replace(node, name=HOSTILE) for node in prompt.nodes),
+                nodes=tuple(node._replace(name=HOSTILE) for node in prompt.nodes),
                 spans=replace(prompt.spans, text=(HOSTILE,) * len(prompt.spans)),
             ),
             "run-1",
