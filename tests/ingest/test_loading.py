@@ -4,17 +4,20 @@ TransformerLens processes weights in single precision, so values of the model ag
 """
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 from sae_lens import SAE, TopKSAE, TopKSAEConfig
 from torch.nn.functional import layer_norm
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
 from transformers import GPT2LMHeadModel
 
 from atlas.errors import AtlasError
 from ingest.dictionaries import Place, load_dictionary, weights_of
-from ingest.model import LanguageModel, finite, load_model
+from ingest.model import LanguageModel, Weights, finite, load_model
 from ingest.setup import set_up
 from ingest.trace import Trace, trace
 from tests.ingest.models import attention_sae, randomized, transcoder, write_model, write_random
@@ -93,6 +96,54 @@ def test_what_dictionaries_read_under_each_convention(
         torch.testing.assert_close(have.attn_out[1], attn_out, rtol=0, atol=2e-6)
         torch.testing.assert_close(have.mlp_out[1], mlp_out, rtol=0, atol=2e-6)
         torch.testing.assert_close(have.mlp_in[1], normalised, rtol=0, atol=2e-6)
+
+
+def test_everything_that_is_frozen_is_what_transformer_lens_own_model_gives(
+    directory: Path, models: dict[str, LanguageModel]
+) -> None:
+    """Every field of Trace and of Weights against HookedTransformer, which shares no code with the bridge."""
+    real = GPT2LMHeadModel.from_pretrained(directory, dtype=torch.float64)
+    c = real.config
+    cfg = HookedTransformerConfig(
+        n_layers=c.n_layer, n_heads=c.n_head, d_model=c.n_embd, d_head=c.n_embd // c.n_head, n_ctx=c.n_positions,
+        d_vocab=c.vocab_size, act_fn="gelu_new", normalization_type="LN", eps=c.layer_norm_epsilon,
+        dtype=torch.float64, device="cpu",
+    )  # fmt: skip
+    theirs = HookedTransformer(cfg)
+    theirs.load_and_process_state_dict(convert_gpt2_weights(real, cfg))
+    logits, cache = theirs.run_with_cache(torch.tensor([TOKENS]))
+
+    def layers(hook: str) -> torch.Tensor:
+        return torch.stack([cache[f"blocks.{layer}.{hook}"][0] for layer in range(c.n_layer)])
+
+    expected = {
+        "tokens": torch.tensor(TOKENS),
+        "embed": cache["hook_embed"][0],
+        "pos_embed": cache["hook_pos_embed"][0],
+        "pattern": layers("attn.hook_pattern"),
+        "sigma_pre": layers("ln1.hook_scale").squeeze(-1),
+        "sigma_mid": layers("ln2.hook_scale").squeeze(-1),
+        "sigma_final": cache["ln_final.hook_scale"][0].squeeze(-1),
+        "v": layers("attn.hook_v"),
+        "z": layers("attn.hook_z"),
+        "attn_out": layers("hook_attn_out"),
+        "mlp_in": layers("ln2.hook_normalized"),
+        "mlp_out": layers("hook_mlp_out"),
+        "resid_pre": layers("hook_resid_pre"),
+        "resid_mid": layers("hook_resid_mid"),
+        "resid_final": layers("hook_resid_post")[-1],
+        "logits": logits[0],
+    }
+    found = trace(models["processed"], TOKENS)
+    assert set(expected) == {field.name for field in fields(Trace)}
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            getattr(found, name), value, rtol=0, atol=2e-6, msg=lambda m, name=name: f"{name}: {m}"
+        )
+    for field in fields(Weights):
+        if field.name != "attn_scale":
+            ours = getattr(models["processed"].weights, field.name)
+            torch.testing.assert_close(ours, getattr(theirs, field.name), rtol=0, atol=2e-6)
 
 
 def _say_weights(folder: Path, weights: str) -> None:
