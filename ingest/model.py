@@ -173,7 +173,8 @@ def _boot(name: str, directory: Path, steps: Sequence[str], dtype: torch.dtype) 
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            bridge: Any = TransformerBridge.boot_transformers(str(directory), dtype=dtype)
+            # Told to, as it takes a GPU wherever there is one, where no dictionary would be.
+            bridge: Any = TransformerBridge.boot_transformers(str(directory), device="cpu", dtype=dtype)
             bridge.enable_compatibility_mode(disable_warnings=True, **{step: step in steps for step in STEPS})
     except Exception as error:
         raise AtlasError(f"Model {name!r} in {directory} could not be loaded ({cause(error)}).") from error
