@@ -265,7 +265,8 @@ def kill_after(process: subprocess.Popen[bytes], prompts: int) -> None:
 
 def test_ctrl_c_ends_cleanly(tmp_path, directory):
     file = tmp_path / "prompts.txt"
-    file.write_text("\n".join(f"{text} {word}" for text in TEXTS for word in ("old", "said", "is", "in", "the")))
+    words = ("old", "said", "is", "in", "the")  # so many prompts that it is never through before the signal comes
+    file.write_text("\n".join(f"{text} {a} {b} {c}" for text in TEXTS for a in words for b in words for c in words))
     args = [sys.executable, "-m", "tests.ingest.atlas_main", "ingest", str(file), "--model", str(directory)]
     process = subprocess.Popen([*args, "--store", str(tmp_path / "s")], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stderr
