@@ -210,14 +210,14 @@ def attribute(model: ReplacementModel, roots: Roots, keep: Keep) -> Attribution:
     for layer in reversed(range(model.n_layers)):
         rows = every.of(begun)
         live = g[: len(rows.root)]
-        read = site_attribution(layer, "mlp", rows, live, live @ model.mlp[layer].bias)
+        read = site_attribution(layer, "mlp", rows, live, (live * model.mlp[layer].bias[rows.position]).sum(1))
         live += centre(read) / trace.sigma_mid[layer][rows.position, None]
         begun = begin(layer, "mlp", begun)
 
         rows = every.of(begun)
         live = g[: len(rows.root)]
         written = live @ model.W_O(layer).T if model.attn[layer].on_z else live
-        read = site_attribution(layer, "attn", rows, written, live @ model.attn_bias(layer))
+        read = site_attribution(layer, "attn", rows, written, (live * model.attn_bias(layer)[rows.position]).sum(1))
         here = roots.at(layer, "attn")
         begun += len(here)
         rows = every.of(begun)
@@ -242,7 +242,9 @@ def through_values(
     reading = read.any(1).nonzero()[:, 0]
     queries, query = rows.position[reading].unique(return_inverse=True)
     read_z = read.new_zeros(len(rows.start) - 1, len(queries), W_V.shape[0], W_V.shape[2])
-    read_z[rows.root[reading], query] = model.to_z(layer, read[reading]).unflatten(1, (W_V.shape[0], W_V.shape[2]))
+    read_z[rows.root[reading], query] = model.to_z(layer, read[reading], rows.position[reading]).unflatten(
+        1, (W_V.shape[0], W_V.shape[2])
+    )
     read_v = torch.einsum("hts,rthe->rshe", pattern[:, queries], read_z)[rows.root, rows.position]
     through = read_v.flatten(1) @ W_V.mT.flatten(0, 1)
     return centre(through) / model.trace.sigma_pre[layer][rows.position, None]
@@ -261,6 +263,8 @@ def _features(
     )
     products = torch.sparse.sampled_addmm(at, g, site.dictionary.W_dec.T, beta=0.0).values()
     gradient = g.new_zeros(reached.shape).masked_scatter_(reached, products)
+    if site.norm is not None:
+        gradient *= site.norm[1][site.position]
     attr = gradient * site.value
     kept = keep(attr, value)
     return attr, kept, gradient * kept
@@ -292,7 +296,8 @@ def _constants(
     model: ReplacementModel, layer: int, name: str, gradient: Float[torch.Tensor, "begun active"]
 ) -> Float[torch.Tensor, " begun"]:
     """The kept features' constants, weighted by their gradients."""
-    return gradient @ model.constants(layer, name, model.site(layer, name).index)
+    site = model.site(layer, name)
+    return gradient @ model.constants(layer, name, site.index, site.position)
 
 
 def _padded(part: torch.Tensor, roots: Roots) -> torch.Tensor:

@@ -106,6 +106,7 @@ def feature_reads(replacement: ReplacementModel, root: Root, index: Int[torch.Te
     else:
         on_z = replacement.attn[layer].on_z
         x = trace.z[layer, position].flatten() if on_z else trace.attn_out[layer, position]
+        encoder = replacement.attn[layer].reads(encoder, torch.full_like(index, position))
         read = torch.zeros(len(index), trace.embed.shape[1], dtype=x.dtype)
     return Roots(
         layer=(layer,) * len(index),
@@ -114,7 +115,7 @@ def feature_reads(replacement: ReplacementModel, root: Root, index: Int[torch.Te
         index=index,
         read=read,
         value=encoder @ x + dictionary.constant[index],
-        constant=replacement.constants(layer, root.site, index),
+        constant=replacement.constants(layer, root.site, index, torch.full_like(index, position)),
     )
 
 

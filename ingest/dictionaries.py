@@ -188,12 +188,6 @@ def load_dictionaries(places: Sequence[Place], model: LanguageModel) -> list[Dic
     found: dict[tuple[int, str], Dictionary] = {}
     for place in places:
         dictionary = load_dictionary(place.folder, model, place.origin)
-        if dictionary.layer_norm:
-            raise AtlasError(
-                f"{dictionary.record.id} ({dictionary.record.source}) normalises its input token by token: its read "
-                "vectors and biases differ from token to token, which attribution does not carry yet. It can be "
-                "measured: atlas dictionaries measure."
-            )
         site = (dictionary.record.layer, dictionary.record.site)
         if site in found:
             raise AtlasError(f"{place.folder} is a second dictionary for layer {site[0]} {site[1]}; keep one of them.")

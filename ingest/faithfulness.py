@@ -270,7 +270,8 @@ class _Batch:
         inside[of_row[of_row >= 0], self.features[own, 2][of_row >= 0]] = True
         ablated = inside ^ self.outside[variant, None]
         filled = fill if len(fill) == 1 else fill[self.draws[variant, position]]
-        return (torch.where(ablated, filled, a) - a) @ dictionary.W_dec
+        change = (torch.where(ablated, filled, a) - a) @ dictionary.W_dec
+        return change * x.std(1, keepdim=True) if dictionary.layer_norm else change
 
     def _reading_hook(self) -> str:
         if self.root.site == "logit":

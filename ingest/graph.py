@@ -103,7 +103,7 @@ def _reaching(nodes: Nodes, group: Group) -> Float[torch.Tensor, " n"]:
     if not group.of_features:
         return torch.zeros(len(group.place))
     index, value = nodes.features(group)
-    return value - nodes.replacement.constants(group.layer, group.site, index)
+    return value - nodes.replacement.constants(group.layer, group.site, index, group.position)
 
 
 def _sources(nodes: Nodes) -> Sources:
@@ -147,7 +147,7 @@ def _streams(nodes: Nodes) -> Float[torch.Tensor, "target d_model"]:
 
 def _attention(group: Group, numbers: Int[torch.Tensor, " n"], replacement: ReplacementModel) -> AttentionTargets:
     site = replacement.site(group.layer, "attn")
-    z_read = replacement.z_read(group.layer, site.index[group.place])
+    z_read = replacement.z_read(group.layer, site.index[group.place], group.position)
     incoming = incoming_ov(group.layer, group.position, z_read, replacement)
     return AttentionTargets(group.layer, numbers, group.position, z_read, site.value[group.place], incoming)
 

@@ -106,11 +106,11 @@ class Nodes:
         site = self.site(group)
         if group.kind is Kind.BIAS:
             bias = site.bias if group.site == "mlp" else self.replacement.attn_bias(group.layer)
-            return bias.expand(len(group.position), -1)
+            return bias[group.position]
         if group.kind is Kind.ERROR:
             written = site.error[group.position]
         else:
-            written = site.dictionary.W_dec[site.index[group.place]] * site.value[group.place, None]
+            written = site.dictionary.W_dec[site.index[group.place]] * site.amplitude[group.place, None]
         return written if group.site == "mlp" else self.replacement.to_residual(group.layer, written)
 
     def records(self, unstored: Float[np.ndarray, " node"]) -> tuple[NodeRecord, ...]:
@@ -129,7 +129,7 @@ class Nodes:
     ) -> list[NodeRecord]:
         layer, site = group.layer, group.site
         index, value = self.features(group)
-        constant = self.replacement.constants(layer, site, index).tolist()
+        constant = self.replacement.constants(layer, site, index, group.position).tolist()
         dictionary = self.site(group).dictionary.record.id
         return [
             NodeRecord(

@@ -242,9 +242,15 @@ def _writers(model: ReplacementModel, top: Int[torch.Tensor, " pos"]) -> Iterato
             if name == "attn":
                 decoder, error = model.to_residual(layer, decoder), model.to_residual(layer, error)
                 bias = model.attn_bias(layer)
-            yield _Writers((kind, layer, name), site.position[place], place, decoder, of, site.value[place])
+            yield _Writers((kind, layer, name), site.position[place], place, decoder, of, site.amplitude[place])
             yield one_each((Kind.ERROR, layer, name), at, error, torch.arange(len(at)))
-            yield one_each((Kind.BIAS, layer, name), at, bias[None], torch.zeros_like(at))
+            alike = site.norm is None
+            yield one_each(
+                (Kind.BIAS, layer, name),
+                at,
+                bias[:1] if alike else bias[at],
+                torch.zeros_like(at) if alike else torch.arange(len(at)),
+            )
 
 
 def _layer(

@@ -7,6 +7,9 @@ that are silent; `counts` says where each position's part ends.
     z[l,t]       = sum_i a_i dec_i + b_dec + err          (attention SAE; W_O maps z to the residual stream)
     mlp_out[l,t] = sum_j a_j dec_j + b_dec + err          (transcoder)
 
+An SAE that normalises its input token by token is linear once its mean and scale are frozen, like a layer norm: its
+reads are P enc / (std + eps), its writes dec std, and its bias b_dec std + mean.
+
 What takes an open linear path (METHOD 3) is taken off the right before the error is: x W_skip of a skip transcoder,
 and of open attention all of z but its value biases, which are its bias.
 
@@ -20,7 +23,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch.nn import functional
 
-from ingest.dictionaries import Dictionary
+from ingest.dictionaries import NORM_EPS, Dictionary
 from ingest.model import Weights
 from ingest.trace import Trace
 
@@ -31,7 +34,8 @@ class Site:
 
     `position` (ascending), `index` (ascending within a position) and `value` (= pre-activation) list the
     features that fire, `counts` [pos] how many at each position. `error` and `bias` are in the space the
-    dictionary writes: z (heads concatenated) for an SAE on hook_z, the residual stream otherwise.
+    dictionary writes: z (heads concatenated) for an SAE on hook_z, the residual stream otherwise. Where the dictionary
+    normalises its input, `norm` is what it divides by and what it multiplies its output by at each position, else None.
     """
 
     dictionary: Dictionary
@@ -40,7 +44,19 @@ class Site:
     value: Float[torch.Tensor, " active"]
     counts: tuple[int, ...]
     error: Float[torch.Tensor, "pos d_out"]
-    bias: Float[torch.Tensor, " d_out"]
+    bias: Float[torch.Tensor, "pos d_out"]
+    norm: tuple[Float[torch.Tensor, " pos"], Float[torch.Tensor, " pos"]] | None = None
+
+    def reads(
+        self, encoder: Float[torch.Tensor, "n d_in"], position: Int[torch.Tensor, " n"]
+    ) -> Float[torch.Tensor, "n d_in"]:
+        """Reads of what the dictionary encodes as reads of its site, at some positions."""
+        return encoder if self.norm is None else centre(encoder) / self.norm[0][position, None]
+
+    @property
+    def amplitude(self) -> Float[torch.Tensor, " active"]:
+        """How much of its decoder row each feature writes: its value, unless the dictionary normalises its input."""
+        return self.value if self.norm is None else self.value * self.norm[1][self.position]
 
     def find(self, position: int, index: int) -> int | None:
         """The place of a feature in the list, or None where it is silent."""
@@ -83,21 +99,30 @@ class ReplacementModel:
         """What the attention site of `layer` writes to the residual stream, from its dictionary's output space."""
         return written @ self.W_O(layer) if self.attn[layer].on_z else written
 
-    def attn_bias(self, layer: int) -> Float[torch.Tensor, " d_model"]:
+    def attn_bias(self, layer: int) -> Float[torch.Tensor, "pos d_model"]:
         """The write of an attention bias node: b_dec W_O + b_O, or b_dec where the SAE reads attn_out."""
         site = self.attn[layer]
-        written = self.to_residual(layer, site.bias)
-        return written + self.weights.b_O[layer] if site.on_z else written
+        if not site.on_z:
+            return site.bias
+        return (self.to_residual(layer, site.bias[:1]) + self.weights.b_O[layer]).expand(len(site.bias), -1)
 
-    def to_z(self, layer: int, read: Float[torch.Tensor, "*n d_in"]) -> Float[torch.Tensor, "*n z"]:
-        """A read of the attention site of `layer` as a read of z: through W_O for an SAE on attn_out."""
-        return read if self.attn[layer].on_z else read @ self.W_O(layer).T
+    def to_z(
+        self, layer: int, read: Float[torch.Tensor, "n d_in"], position: Int[torch.Tensor, " n"]
+    ) -> Float[torch.Tensor, "n z"]:
+        """Reads of what the attention SAE of `layer` encodes as reads of z: through W_O for an SAE on attn_out."""
+        site = self.attn[layer]
+        return read if site.on_z else site.reads(read, position) @ self.W_O(layer).T
 
-    def z_read(self, layer: int, index: Int[torch.Tensor, " n"]) -> Float[torch.Tensor, "n head d_head"]:
-        """How attention features read z: enc_i per head (METHOD 2)."""
-        return self.to_z(layer, self.attn[layer].dictionary.encoder(index)).unflatten(1, self.weights.W_O.shape[1:3])
+    def z_read(
+        self, layer: int, index: Int[torch.Tensor, " n"], position: Int[torch.Tensor, " n"]
+    ) -> Float[torch.Tensor, "n head d_head"]:
+        """How attention features at some positions read z: enc_i per head (METHOD 2)."""
+        encoder = self.attn[layer].dictionary.encoder(index)
+        return self.to_z(layer, encoder, position).unflatten(1, self.weights.W_O.shape[1:3])
 
-    def constants(self, layer: int, site: str, index: Int[torch.Tensor, " n"]) -> Float[torch.Tensor, " n"]:
+    def constants(
+        self, layer: int, site: str, index: Int[torch.Tensor, " n"], position: Int[torch.Tensor, " n"]
+    ) -> Float[torch.Tensor, " n"]:
         """The part of features' pre-activations that no node sends: encoder biases, and b_V (b_O) where unfolded."""
         dictionary = self.site(layer, site).dictionary
         if site == "mlp":
@@ -105,7 +130,9 @@ class ReplacementModel:
         moved = self.weights.b_V[layer].flatten()
         if not self.attn[layer].on_z:
             moved = moved @ self.W_O(layer) + self.weights.b_O[layer]
-        return dictionary.constant[index] + (dictionary.encoder(index) @ moved if moved.any() else 0)
+        if not moved.any():
+            return dictionary.constant[index]
+        return dictionary.constant[index] + self.attn[layer].reads(dictionary.encoder(index), position) @ moved
 
 
 def centre(x: Float[torch.Tensor, "*n d_model"]) -> Float[torch.Tensor, "*n d_model"]:
@@ -136,7 +163,8 @@ def replacement_model(trace: Trace, weights: Weights, dictionaries: list[Diction
 def _open(dictionary: Dictionary, b_V: Float[torch.Tensor, " z"], n_pos: int) -> Site:
     """Attention that is not replaced: no features and no error."""
     none = torch.zeros(0, dtype=torch.long)
-    return Site(dictionary, none, none, b_V[:0], (0,) * n_pos, b_V.new_zeros(n_pos, len(b_V)), b_V)
+    zeros = b_V.new_zeros(n_pos, len(b_V))
+    return Site(dictionary, none, none, b_V[:0], (0,) * n_pos, zeros, b_V.expand_as(zeros))
 
 
 def encode(dictionary: Dictionary, x: Float[torch.Tensor, "pos d_in"], target: torch.Tensor) -> Site:
@@ -150,10 +178,15 @@ def encode(dictionary: Dictionary, x: Float[torch.Tensor, "pos d_in"], target: t
     reconstruction = functional.embedding_bag(
         index, dictionary.W_dec, counts.cumsum(0) - counts, mode="sum", per_sample_weights=value
     )
-    error = target - reconstruction - dictionary.b_dec
+    bias, norm = dictionary.b_dec.expand_as(target), None
+    if dictionary.layer_norm:
+        mean, std = x.mean(1, keepdim=True), x.std(1, keepdim=True)
+        norm = (std[:, 0] + NORM_EPS, std[:, 0])
+        reconstruction, bias = reconstruction * std, bias * std + mean
+    error = target - reconstruction - bias
     if dictionary.W_skip is not None:
         error -= x @ dictionary.W_skip
-    return Site(dictionary, position, index, value, tuple(counts.tolist()), error, dictionary.b_dec)
+    return Site(dictionary, position, index, value, tuple(counts.tolist()), error, bias, norm)
 
 
 def _nonzero(mask: Bool[torch.Tensor, "row column"]) -> tuple[Int[torch.Tensor, " n"], Int[torch.Tensor, " n"]]:

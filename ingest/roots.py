@@ -227,7 +227,7 @@ def root_table(roots: Sequence[Root], model: ReplacementModel) -> Roots:
         site = (model.mlp if root.site == "mlp" else model.attn)[root.layer]
         index = torch.tensor([root.index])
         value[i] = site.value[site.find(root.position, root.index)]
-        constant[i] = model.constants(root.layer, root.site, index)[0]
+        constant[i] = model.constants(root.layer, root.site, index, torch.tensor([root.position]))[0]
         if root.site == "mlp":
             read[i] = centre(site.dictionary.encoder(index)[0]) / trace.sigma_mid[root.layer, root.position]
     return Roots(

@@ -88,7 +88,7 @@ def writes(setup: Setup, dictionary: Dictionary) -> Float[torch.Tensor, "d_sae d
 def reads(setup: Setup, dictionary: Dictionary, head: int) -> Float[torch.Tensor, "d_sae d_model"]:
     """W_V[h] enc[h] of every feature of an attention dictionary."""
     W, layer = setup.model.weights, dictionary.record.layer
-    encoders = dictionary.W_enc.T
+    encoders = centre(dictionary.W_enc.T) if dictionary.layer_norm else dictionary.W_enc.T
     if dictionary.record.hook_in.endswith("hook_z"):
         of_head = encoders.unflatten(1, W.W_V.shape[1:2] + W.W_V.shape[3:])[:, head]
     else:

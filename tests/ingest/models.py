@@ -71,10 +71,12 @@ def write_model(directory: Path, n_layers: int = 3, seed: int = 0) -> None:
 
 
 def attention_sae(kind: str, hook: str, layer: int, d_sae: int) -> SAE:
-    """A random SAE of `kind` (relu, topk or jumprelu) on hook_z or hook_attn_out."""
+    """A random SAE of `kind` (relu, topk, layer_norm or jumprelu) on hook_z or hook_attn_out."""
     common = dict(d_in=16, d_sae=d_sae, apply_b_dec_to_input=kind != "jumprelu")
     if kind == "topk":
         sae = TopKSAE(TopKSAEConfig(k=5, rescale_acts_by_decoder_norm=layer == 1, **common))
+    elif kind == "layer_norm":
+        sae = TopKSAE(TopKSAEConfig(k=5, normalize_activations="layer_norm", **common))
     elif kind == "jumprelu":
         sae = JumpReLUSAE(JumpReLUSAEConfig(**common))
     else:

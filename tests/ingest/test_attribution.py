@@ -32,6 +32,8 @@ OPEN_KINDS = [
     ("relu", "attn.hook_z", "jumprelu", (1,)),
     ("topk", "hook_attn_out", "skip", (0, 2)),
     ("relu", "attn.hook_z", "skip"),
+    ("layer_norm", "hook_attn_out", "relu"),
+    ("layer_norm", "hook_attn_out", "relu", (1, 2)),
 ]
 THRESHOLDS = {"paper": 0.02, "relative": 0.05, "support": 0.05, "top_mass": 0.6}
 
@@ -61,10 +63,24 @@ class Frozen:
     def is_closed(self, layer):
         return any((d.layer, d.site) == (layer, "attn") for d in self.setup.record.dictionaries)
 
+    def scaled(self, x, d):
+        """What an SAE that normalises its input encodes, its scale frozen."""
+        if not d.layer_norm:
+            return x
+        frozen = self.replacement.trace.attn_out[d.record.layer]
+        return (x - x.mean(1, keepdim=True)) / (frozen.std(1, keepdim=True) + 1e-5)
+
+    def unscaled(self, x_hat, d):
+        """Its output, the mean and the scale of its input frozen."""
+        if not d.layer_norm:
+            return x_hat
+        frozen = self.replacement.trace.attn_out[d.record.layer]
+        return x_hat * frozen.std(1, keepdim=True) + frozen.mean(1, keepdim=True)
+
     def encode(self, x, layer, site):
         """Pre-activations (differentiable) and activations whose pruned features are constants."""
         d = self.dictionary(layer, site)
-        p = (x - d.b_in) @ d.W_enc + d.b_enc
+        p = (self.scaled(x, d) - d.b_in) @ d.W_enc + d.b_enc
         a = p * d.active(p.detach())
         kept = self.kept.get((layer, site), torch.zeros_like(a, dtype=torch.bool))
         a = torch.where(kept, a, a.detach()) + self.probe((layer, site), a)
@@ -73,9 +89,9 @@ class Frozen:
     def decode(self, a, x, truth, layer, site):
         d = self.dictionary(layer, site)
         skip = 0 if d.W_skip is None else x @ d.W_skip
-        error = (truth - a @ d.W_dec - skip - d.b_dec).detach() + self.probe((layer, site, "error"), truth)
-        bias = d.b_dec.expand_as(truth) + self.probe((layer, site, "bias"), truth)
-        return a @ d.W_dec + skip + bias + error
+        x_hat = self.unscaled(a @ d.W_dec + d.b_dec, d) + skip
+        error = (truth - x_hat).detach() + self.probe((layer, site, "error"), truth)
+        return x_hat + self.probe((layer, site, "bias"), truth) + error
 
     def run(self):
         """Pre-activations by (layer, site), and the logits."""
@@ -303,7 +319,7 @@ def derivative(node, grads, replacement, setup):
         return grads[node.layer, node.site][t, node.index] * node.value
     if node.kind == "Error":
         return grads[node.layer, node.site, "error"][t] @ site.error[t]
-    value = grads[node.layer, node.site, "bias"][t] @ site.bias
+    value = grads[node.layer, node.site, "bias"][t] @ site.bias[t]
     if (node.layer, node.site, "b_O") in grads:
         value = value + grads[node.layer, node.site, "b_O"][t] @ setup.model.weights.b_O[node.layer]
     return value
@@ -332,7 +348,7 @@ def ablated_pre_activation(setup, replacement, source, target):
     class Ablated(Frozen):
         def encode(self, x, layer, site):
             d = self.dictionary(layer, site)
-            p = (x - d.b_in) @ d.W_enc + d.b_enc
+            p = (self.scaled(x, d) - d.b_in) @ d.W_enc + d.b_enc
             held = (self.replacement.mlp if site == "mlp" else self.replacement.attn)[layer]
             a = dense(held, held.value)
             if source is not None and (layer, site) == (source.layer, source.site):
@@ -344,7 +360,8 @@ def ablated_pre_activation(setup, replacement, source, target):
         def decode(self, a, x, truth, layer, site):
             held = (self.replacement.mlp if site == "mlp" else self.replacement.attn)[layer]
             d = self.dictionary(layer, site)
-            return a @ d.W_dec + d.b_dec + held.error + (0 if d.W_skip is None else x @ d.W_skip)
+            skip = 0 if d.W_skip is None else x @ d.W_skip
+            return self.unscaled(a @ d.W_dec + d.b_dec, d) + held.error + skip
 
     pre, _ = Ablated(setup, replacement).run()
     return float(pre[target.layer, target.site][target.position, target.index].detach())

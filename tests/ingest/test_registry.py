@@ -121,11 +121,10 @@ def test_another_number_of_layers_is_another_replacement_model(hub: Hub, gpt2: S
     assert part.record.id != gpt2.record.id
 
 
-def test_top_k_with_a_layer_norm_encodes_as_saelens_does_and_is_refused_as_a_circuit(hub: Hub) -> None:
+def test_top_k_with_a_layer_norm_encodes_as_saelens_does(hub: Hub) -> None:
     from sae_lens import SAE
 
-    with pytest.raises(AtlasError, match=r"normalises its input token by token.*can be measured"):
-        set_up("gpt2", dictionaries=[V5], layers=frozenset({5}))
+    assert set_up("gpt2", dictionaries=[V5], layers=frozenset({5})).dictionaries[10].layer_norm
     model, (place,) = load_with_places("gpt2", dictionaries=[V5], layers=frozenset({5}))
     assert model.record.weight_processing == "fold_ln"
     dictionary = load_dictionary(place.folder, model, place.origin)
