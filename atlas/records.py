@@ -8,6 +8,7 @@ SCHEMA names what is stored, METHOD says what the numbers mean.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -113,7 +114,7 @@ class Firings:
     def __len__(self) -> int:
         return len(self.index)
 
-    @property
+    @cached_property
     def features(self) -> list[tuple[str, int]]:
         """(dictionary, index) of every feature."""
         return [(self.dictionaries[d], i) for d, i in zip(self.dictionary.tolist(), self.index.tolist(), strict=True)]
