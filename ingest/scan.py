@@ -23,7 +23,9 @@ KEPT best, and for each the window in which activation times carried was stronge
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from threading import Lock
 
 import numpy as np
 import torch
@@ -42,6 +44,7 @@ DTYPE = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 Columns = dict[str, np.ndarray]
+Firing = tuple[Int[np.ndarray, " _"], Float[np.ndarray, " _"]]  # keys and values, as many of both
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,11 @@ class Scanner:
         self._names = {d.record.hook_in for d in self.dictionaries}
         self._encoders = [d.W_enc.T.to(DTYPE).contiguous() for d in self.dictionaries]
         self._constants = [d.constant.to(DTYPE)[:, None] for d in self.dictionaries]
+        # A model's hooks are shared by all who run it, so that one batch goes through it while another is encoded.
+        self._model_lock = Lock()
+        self._pool = ThreadPoolExecutor(
+            2, initializer=torch.set_num_threads, initargs=(max(1, torch.get_num_threads() // 2),)
+        )
         d_vocab = setup.model.record.d_vocab
         self._worded = np.array([any(map(str.isalpha, setup.model.token_text(token))) for token in range(d_vocab)])
         self._alone = self._alone_values()
@@ -130,10 +138,11 @@ class Scanner:
         """`counted` and what is found in `windows`, whose numbers begin at `first`."""
         firings, n_tokens = counted.firings.copy(), counted.n_tokens
         parts = [counted.finds]
-        for start in range(0, len(windows), WINDOWS):
-            batch = windows[start : start + WINDOWS]
+        starts = range(0, len(windows), WINDOWS)
+        batches = [windows[start : start + WINDOWS] for start in starts]
+        for start, batch, firing in zip(starts, batches, self._pool.map(self._firing, batches), strict=True):
             n_tokens += batch[:, 1:].size
-            found = [Finds.none(), *self._batch(batch, firings, n_tokens)]
+            found = [Finds.none(), *self._batch(batch, firing, firings, n_tokens)]
             parts.append(_once_a_window(found, first + start))
         finds = together(parts)
         if len(finds) > 2 * KEPT:
@@ -142,11 +151,15 @@ class Scanner:
         return Counted(n_tokens, firings, finds, {i: tokens[i] for i in np.unique(finds.columns["window"]).tolist()})
 
     def _batch(
-        self, windows: Int[np.ndarray, "window n_ctx"], firings: Int[np.ndarray, " feature"], n_tokens: int
+        self,
+        windows: Int[np.ndarray, "window n_ctx"],
+        firing: list[Firing],
+        firings: Int[np.ndarray, " feature"],
+        n_tokens: int,
     ) -> Iterator[Finds]:
         """What is found at each site of a batch; counts its firings, too. `window` counts within the batch."""
         tokens = windows.reshape(-1)
-        for site, (keys, values) in enumerate(self._firing(windows)):
+        for site, (keys, values) in enumerate(firing):
             index, at = np.divmod(keys, len(tokens))
             offset, size = self.offsets[site], self.dictionaries[site].record.d_sae
             firings[offset : offset + size] += np.bincount(index, minlength=size)
@@ -206,14 +219,14 @@ class Scanner:
         return _finds(key, feature, np.ones_like(here), here, n_ctx, value, (1 - own / value) * worded)
 
     @torch.inference_mode()
-    def _firing(
-        self, windows: Int[np.ndarray, "window n_ctx"]
-    ) -> Iterator[tuple[Int[np.ndarray, " firing"], Float[np.ndarray, " firing"]]]:
+    def _firing(self, windows: Int[np.ndarray, "window n_ctx"]) -> list[Firing]:
         """Per site what fires after BOS: index * tokens + token, ascending, and the activation."""
+        found: list[Firing] = []
         with torch.autocast("cpu", torch.bfloat16, enabled=DTYPE is torch.bfloat16):
-            cache = self.setup.model.bridge.run_with_cache(
-                torch.from_numpy(windows), names_filter=lambda name: name in self._names
-            )[1]
+            with self._model_lock:
+                cache = self.setup.model.bridge.run_with_cache(
+                    torch.from_numpy(windows), names_filter=lambda name: name in self._names, logits_to_keep=1
+                )[1]
             bos = torch.arange(0, windows.size, windows.shape[1])
             parts = zip(self.dictionaries, self._encoders, self._constants, strict=True)
             for dictionary, encoder, constant in parts:
@@ -222,16 +235,18 @@ class Scanner:
                 on = dictionary.active(p.T).T.contiguous()
                 on[:, bos] = False
                 keys = np.flatnonzero(on.numpy())
-                yield keys, p.flatten()[torch.from_numpy(keys)].float().numpy()
+                found.append((keys, p.flatten()[torch.from_numpy(keys)].float().numpy()))
+        return found
 
     def _alone_values(self) -> list[tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]]]:
         """Per site, for every token alone after BOS, what fires: index * d_vocab + token, ascending, and how much."""
         d_vocab = self.setup.model.record.d_vocab
         parts: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in self.dictionaries]
-        for tokens in np.array_split(np.arange(d_vocab), max(1, d_vocab // 1024)):
-            windows = np.stack([np.full_like(tokens, self.setup.model.bos), tokens], 1)
-            for part, (keys, values) in zip(parts, self._firing(windows), strict=True):
-                index, at = np.divmod(keys, windows.size)
+        pieces = np.array_split(np.arange(d_vocab), max(1, d_vocab // 1024))
+        windows = [np.stack([np.full_like(tokens, self.setup.model.bos), tokens], 1) for tokens in pieces]
+        for tokens, firing in zip(pieces, self._pool.map(self._firing, windows), strict=True):
+            for part, (keys, values) in zip(parts, firing, strict=True):
+                index, at = np.divmod(keys, 2 * len(tokens))
                 part.append((index * d_vocab + tokens[at // 2], values))
         found: list[tuple[np.ndarray, np.ndarray]] = []
         for part in parts:
