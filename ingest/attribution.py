@@ -14,9 +14,8 @@ so a pruned feature blocks what would have flowed through it. Errors, biases and
 path that stays open (METHOD 3) hands everything on, by the same two equations: of a skip transcoder W_skip g[t]
 stands beside the sum over features, and of open attention g[t] W_O[h]^T.
 
-A root at t never reaches a position after t nor a layer above its own, so g has one row per root and
-position s <= t and nothing else, and roots come sorted from the top of the model down: those begun at
-a site are the first few.
+A root at t never reaches a position after t nor a layer above its own, and until a head has looked back for it
+it is at its own position alone. So g is looked at, and handed on, only where it is something: at the `Rows`.
 """
 
 import warnings
@@ -27,7 +26,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch.nn import functional
 
-from ingest.replacement import ReplacementModel, Site, centre
+from ingest.replacement import ReplacementModel, Site, centre, nonzero
 
 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
 
@@ -37,18 +36,18 @@ Threshold = float | Float[torch.Tensor, " root"]  # of all roots, or of each
 
 def paper(threshold: Threshold) -> Keep:
     """Keep attr > threshold: absolute, positive only, as published."""
-    return lambda attr, root_value: attr > _of_each(threshold, attr)
+    return lambda attr, root_value: attr > _of_each(threshold)
 
 
 def relative(threshold: Threshold) -> Keep:
     """Keep |attr| >= threshold * |p_r|, both signs."""
-    return lambda attr, root_value: (attr.abs() >= _of_each(threshold, attr) * root_value.abs()[:, None]) & (attr != 0)
+    return lambda attr, root_value: (attr.abs() >= _of_each(threshold) * root_value.abs()[:, None]) & (attr != 0)
 
 
 def support(threshold: Threshold) -> Keep:
     """Keep attr >= threshold * |p_r| in the sign of p_r: what makes the root what it is, not what works against it."""
     return lambda attr, root_value: (
-        (attr * root_value.sign()[:, None] >= _of_each(threshold, attr) * root_value.abs()[:, None]) & (attr != 0)
+        (attr * root_value.sign()[:, None] >= _of_each(threshold) * root_value.abs()[:, None]) & (attr != 0)
     )
 
 
@@ -58,15 +57,15 @@ def top_mass(threshold: Threshold) -> Keep:
     def keep(attr: torch.Tensor, root_value: torch.Tensor) -> torch.Tensor:
         ordered, order = attr.abs().sort(dim=1, descending=True, stable=True)
         before = ordered.cumsum(1) - ordered
-        chosen = before < _of_each(threshold, attr) * ordered.sum(1, keepdim=True)
+        chosen = before < _of_each(threshold) * ordered.sum(1, keepdim=True)
         return torch.zeros_like(chosen).scatter_(1, order, chosen) & (attr != 0)
 
     return keep
 
 
-def _of_each(threshold: Threshold, attr: torch.Tensor) -> torch.Tensor | float:
-    """A threshold for each row of `attr`, which are those of the first roots; or the one of all."""
-    return threshold[: len(attr), None] if isinstance(threshold, torch.Tensor) else threshold
+def _of_each(threshold: Threshold) -> torch.Tensor | float:
+    """A threshold for each root; or the one of all."""
+    return threshold[:, None] if isinstance(threshold, torch.Tensor) else threshold
 
 
 RULES: dict[str, Callable[[Threshold], Keep]] = {
@@ -152,154 +151,163 @@ def sum_of(parts: list[torch.Tensor]) -> Float[torch.Tensor, " root"]:
 
 @dataclass(frozen=True)
 class Rows:
-    """Which root and position each row of g belongs to; the rows of root r begin at `start[r]`."""
+    """Places in g, of roots at positions, root by root and from the first token to the last."""
 
     root: Int[torch.Tensor, " row"]
     position: Int[torch.Tensor, " row"]
-    start: Int[torch.Tensor, " root_and_end"]
 
-    def of(self, begun: int) -> "Rows":
-        """The rows of the first roots."""
-        end = int(self.start[begun])
-        return Rows(self.root[:end], self.position[:end], self.start[: begun + 1])
+    @classmethod
+    def of(cls, reached: Bool[torch.Tensor, "root pos"]) -> "Rows":
+        """Those of a table."""
+        return cls(*reached.nonzero(as_tuple=True))
 
-    def table(self, value: Float[torch.Tensor, " row"], n_roots: int, n_pos: int) -> Float[torch.Tensor, "root pos"]:
-        """Numbers of rows by root and position, zero where there is no row."""
-        table = value.new_zeros(n_roots, n_pos)
-        table[self.root, self.position] = value
-        return table
-
-
-def _rows(roots: Roots) -> Rows:
-    lengths = roots.position + 1
-    start = functional.pad(lengths.cumsum(0), (1, 0))
-    root = torch.arange(len(lengths)).repeat_interleave(lengths)
-    return Rows(root, torch.arange(len(root)) - start[root], start)
+    @property
+    def at(self) -> tuple[Int[torch.Tensor, " row"], Int[torch.Tensor, " row"]]:
+        """As an index into g and into tables by root and position."""
+        return self.root, self.position
 
 
 @torch.no_grad()
 def attribute(model: ReplacementModel, roots: Roots, keep: Keep) -> Attribution:
     """Sweep all roots of a prompt from the last layer to the embeddings (METHOD 4)."""
-    trace, every = model.trace, _rows(roots)
-    g = trace.embed.new_zeros(len(every.root), trace.embed.shape[1])
+    trace = model.trace
+    g = trace.embed.new_zeros(len(roots.site), *trace.embed.shape)
+    reached = torch.zeros(g.shape[:2], dtype=torch.bool)  # where g is something
     constant = roots.constant.clone()
     pruned = torch.zeros_like(constant)
     attn: list[SiteAttribution] = []
     mlp: list[SiteAttribution] = []
 
-    def table(rows: Rows, value: torch.Tensor) -> torch.Tensor:
-        return rows.table(value, len(roots.site), len(trace.embed))
+    def table(rows: Rows, value: Float[torch.Tensor, " row"]) -> Float[torch.Tensor, "root pos"]:
+        return g.new_zeros(reached.shape).index_put_(rows.at, value)
 
-    def begin(layer: int, site: str, begun: int) -> int:
-        here = roots.at(layer, site)
-        g[every.start[here] + roots.position[here]] += roots.read[here]
-        return begun + len(here)
+    def begin(layer: int) -> None:
+        here = [*roots.at(layer, "mlp"), *roots.at(layer, "logit")]
+        g[here, roots.position[here]] += roots.read[here]
+        reached[here, roots.position[here]] = True
 
-    def site_attribution(layer: int, name: str, rows: Rows, written: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        site, n_begun = model.site(layer, name), len(rows.start) - 1
-        feature, kept, gradient = _features(site, written, rows, keep, roots.value[:n_begun])
-        error = (written * site.error[rows.position]).sum(1)
-        (mlp if name == "mlp" else attn).append(
-            SiteAttribution(_padded(feature, roots), _padded(kept, roots), table(rows, error), table(rows, bias))
-        )
-        constant[:n_begun] += _constants(model, layer, name, gradient)
-        pruned[:n_begun] += (feature * ~kept).sum(1)
-        return _hand_on(site, gradient, written, rows)
+    def site_attribution(
+        layer: int, name: str, rows: Rows, written: torch.Tensor, bias: torch.Tensor
+    ) -> tuple[Rows, torch.Tensor]:
+        site = model.site(layer, name)
+        feature, kept, gradients = _features(site, written, rows, reached, keep, roots.value)
+        error = _products(written, site.error, rows)
+        (mlp if name == "mlp" else attn).append(SiteAttribution(feature, kept, table(rows, error), table(rows, bias)))
+        constants = model.constants(layer, name, site.index[gradients.place], site.position[gradients.place])
+        constant.index_add_(0, gradients.root, gradients.value * constants)
+        pruned.add_((feature * ~kept).sum(1))
+        return _hand_on(site, gradients, written, rows)
 
-    begun = begin(model.n_layers, "logit", 0)
+    begin(model.n_layers)
     for layer in reversed(range(model.n_layers)):
-        rows = every.of(begun)
-        live = g[: len(rows.root)]
-        read = site_attribution(layer, "mlp", rows, live, (live * model.mlp[layer].bias[rows.position]).sum(1))
-        live += centre(read) / trace.sigma_mid[layer][rows.position, None]
-        begun = begin(layer, "mlp", begun)
+        rows = Rows.of(reached)
+        live = g[rows.at]
+        rows, read = site_attribution(layer, "mlp", rows, live, _products(live, model.mlp[layer].bias, rows))
+        g[rows.at] += centre(read) / trace.sigma_mid[layer][rows.position, None]
+        begin(layer)
 
-        rows = every.of(begun)
-        live = g[: len(rows.root)]
+        rows = Rows.of(reached)
+        live = g[rows.at]
         written = live @ model.W_O(layer).T if model.attn[layer].on_z else live
-        read = site_attribution(layer, "attn", rows, written, (live * model.attn_bias(layer)[rows.position]).sum(1))
-        here = roots.at(layer, "attn")
-        begun += len(here)
-        rows = every.of(begun)
-        read = functional.pad(read, (0, 0, 0, len(rows.root) - len(read)))
-        read[every.start[here] + roots.position[here]] = model.attn[layer].dictionary.encoder(roots.index[here])
-        g[: len(rows.root)] += through_values(model, layer, rows, read)
+        rows, read = site_attribution(layer, "attn", rows, written, _products(live, model.attn_bias(layer), rows))
+        rows, read = _with_begun(model, layer, roots, rows, read)
+        keys, through = through_values(model, layer, rows, read, len(g))
+        g[keys.at] += through
+        reached[keys.at] = True
     return Attribution(
         attn=tuple(reversed(attn)),
         mlp=tuple(reversed(mlp)),
-        embedding=table(every, (g * trace.embed[every.position]).sum(1)),
-        position=table(every, (g * trace.pos_embed[every.position]).sum(1)),
+        embedding=(g * trace.embed).sum(2),
+        position=(g * trace.pos_embed).sum(2),
         constant=constant,
         pruned=pruned,
     )
 
 
+def _products(
+    g: Float[torch.Tensor, "row d_out"], written: Float[torch.Tensor, "pos d_out"], rows: Rows
+) -> Float[torch.Tensor, " row"]:
+    """The products of g with what is written at each position; or everywhere, as most bias nodes write."""
+    return g @ written[0] if written.stride(0) == 0 else (g * written[rows.position]).sum(1)
+
+
+def _with_begun(
+    model: ReplacementModel, layer: int, roots: Roots, rows: Rows, read: Float[torch.Tensor, "row d_in"]
+) -> tuple[Rows, Float[torch.Tensor, "row_and_begun d_in"]]:
+    """Reads of an attention site, and after them those of the roots that sit there."""
+    here = roots.at(layer, "attn")
+    if not here:
+        return rows, read
+    encoder = model.attn[layer].dictionary.encoder(roots.index[here])
+    position = torch.cat([rows.position, roots.position[here]])
+    return Rows(torch.cat([rows.root, torch.tensor(here)]), position), torch.cat([read, encoder])
+
+
 def through_values(
-    model: ReplacementModel, layer: int, rows: Rows, read: Float[torch.Tensor, "row d_in"]
-) -> Float[torch.Tensor, "row d_model"]:
+    model: ReplacementModel, layer: int, rows: Rows, read: Float[torch.Tensor, "row d_in"], n_roots: int
+) -> tuple[Rows, Float[torch.Tensor, "key d_model"]]:
     """Carry reads of the attention site at query positions to reads of resid_pre at key positions, patterns frozen."""
     pattern, W_V = model.trace.pattern[layer], model.weights.W_V[layer]
-    reading = read.any(1).nonzero()[:, 0]
-    queries, query = rows.position[reading].unique(return_inverse=True)
-    read_z = read.new_zeros(len(rows.start) - 1, len(queries), W_V.shape[0], W_V.shape[2])
-    read_z[rows.root[reading], query] = model.to_z(layer, read[reading], rows.position[reading]).unflatten(
-        1, (W_V.shape[0], W_V.shape[2])
-    )
-    read_v = torch.einsum("hts,rthe->rshe", pattern[:, queries], read_z)[rows.root, rows.position]
+    last = torch.full((n_roots,), -1).scatter_reduce_(0, rows.root, rows.position, "amax")
+    keys = Rows.of(torch.arange(pattern.shape[2]) <= last[:, None])
+    queries, query = rows.position.unique(return_inverse=True)
+    read_z = read.new_zeros(n_roots, len(queries), W_V.shape[0], W_V.shape[2])
+    read_z[rows.root, query] = model.to_z(layer, read, rows.position).unflatten(1, (W_V.shape[0], W_V.shape[2]))
+    read_v = torch.einsum("hts,rthe->rshe", pattern[:, queries], read_z)[keys.at]
     through = read_v.flatten(1) @ W_V.mT.flatten(0, 1)
-    return centre(through) / model.trace.sigma_pre[layer][rows.position, None]
+    return keys, centre(through) / model.trace.sigma_pre[layer][keys.position, None]
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Of kept features, root by root: `place` in the site's list, and what the root gains for each unit of them."""
+
+    root: Int[torch.Tensor, " kept"]
+    place: Int[torch.Tensor, " kept"]
+    value: Float[torch.Tensor, " kept"]
 
 
 def _features(
-    site: Site, g: Float[torch.Tensor, "row d_out"], rows: Rows, keep: Keep, value: Float[torch.Tensor, " begun"]
-) -> tuple[torch.Tensor, torch.Tensor, Float[torch.Tensor, "begun active"]]:
-    """Attributions, what is kept, and the gradients of kept features, zero where pruned; all [begun, active]."""
-    # A root reaches the features up to its own position: the first so many of the list.
-    reached = site.position <= rows.position[rows.start[1:] - 1][:, None]
-    columns = site.index.expand_as(reached)[reached]
+    site: Site,
+    g: Float[torch.Tensor, "row d_out"],
+    rows: Rows,
+    reached: Bool[torch.Tensor, "root pos"],
+    keep: Keep,
+    value: Float[torch.Tensor, " root"],
+) -> tuple[Float[torch.Tensor, "root active"], Bool[torch.Tensor, "root active"], Gradients]:
+    """Attributions of features, which of them are kept, and these features' gradients."""
+    root, place = nonzero(reached[:, site.position])
     ends = functional.pad(torch.tensor(site.counts)[rows.position].cumsum(0), (1, 0))
-    at = torch.sparse_csr_tensor(
-        ends, columns, g.new_zeros(len(columns)), (len(g), len(site.dictionary.W_dec)), check_invariants=False
-    )
-    products = torch.sparse.sampled_addmm(at, g, site.dictionary.W_dec.T, beta=0.0).values()
-    gradient = g.new_zeros(reached.shape).masked_scatter_(reached, products)
+    shape = (len(g), len(site.dictionary.W_dec))
+    at = torch.sparse_csr_tensor(ends, site.index[place], g.new_zeros(len(place)), shape, check_invariants=False)
+    gradient = torch.sparse.sampled_addmm(at, g, site.dictionary.W_dec.T, beta=0.0).values()
     if site.norm is not None:
-        gradient *= site.norm[1][site.position]
-    attr = gradient * site.value
+        gradient = gradient * site.norm[1][site.position[place]]
+    attr = g.new_zeros(len(reached), len(site.position))
+    attr[root, place] = gradient * site.value[place]
     kept = keep(attr, value)
-    return attr, kept, gradient * kept
+    handed = nonzero(kept[root, place][None])[1]
+    return attr, kept, Gradients(root[handed], place[handed], gradient[handed])
 
 
 def _hand_on(
-    site: Site,
-    gradient: Float[torch.Tensor, "begun active"],
-    written: Float[torch.Tensor, "row d_out"],
-    rows: Rows,
-) -> Float[torch.Tensor, "row d_in"]:
-    """sum_i gradient_i enc_i at every row, over the features that have a gradient, and what an open path hands on."""
+    site: Site, gradients: Gradients, written: Float[torch.Tensor, "row d_out"], rows: Rows
+) -> tuple[Rows, Float[torch.Tensor, "reading_row d_in"]]:
+    """sum_i gradient_i enc_i at the rows where features have a gradient, or at every row if an open path hands on."""
     if site.dictionary.is_open:
-        return written
-    root, i = gradient.nonzero(as_tuple=True)
-    bags = torch.bincount(rows.start[root] + site.position[i], minlength=len(rows.root))
-    index, place = site.index[i].unique(return_inverse=True)
+        return rows, written
+    n_pos = len(site.counts)
+    key, size = torch.unique_consecutive(gradients.root * n_pos + site.position[gradients.place], return_counts=True)
+    index, encoder = site.index[gradients.place].unique(return_inverse=True)
     read = functional.embedding_bag(
-        place,
+        encoder,
         site.dictionary.encoder(index),
-        bags.cumsum(0) - bags,
+        size.cumsum(0) - size,
         mode="sum",
-        per_sample_weights=gradient[root, i],
+        per_sample_weights=gradients.value,
     )
-    return read if site.dictionary.W_skip is None else read.addmm_(written, site.dictionary.W_skip.T)
-
-
-def _constants(
-    model: ReplacementModel, layer: int, name: str, gradient: Float[torch.Tensor, "begun active"]
-) -> Float[torch.Tensor, " begun"]:
-    """The kept features' constants, weighted by their gradients."""
-    site = model.site(layer, name)
-    return gradient @ model.constants(layer, name, site.index, site.position)
-
-
-def _padded(part: torch.Tensor, roots: Roots) -> torch.Tensor:
-    """What the begun roots have, with zeros for the others."""
-    return functional.pad(part, (0, 0, 0, len(roots.site) - len(part)))
+    if site.dictionary.W_skip is None:
+        return Rows(key // n_pos, key % n_pos), read
+    skipped = written @ site.dictionary.W_skip.T
+    skipped[torch.searchsorted(rows.root * n_pos + rows.position, key)] += read
+    return rows, skipped

@@ -168,8 +168,8 @@ def _used_features(
     used = torch.zeros_like(at.position, dtype=torch.bool)
     for sweep in sweeps:
         used |= sweep.attribution.site(layer, site).kept.any(0)
-        for i in sweep.table.at(layer, site):
-            used[at.find(sweep.roots[i].position, sweep.roots[i].index)] = True
+        roots = sweep.table.at(layer, site)
+        used[at.places(sweep.table.position[roots], sweep.table.index[roots])] = True
     return used
 
 

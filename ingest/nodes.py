@@ -57,6 +57,7 @@ class Nodes:
     ) -> None:
         self.prompt_id, self.model, self.replacement = prompt_id, model, replacement
         self.circuit, self.groups, self.logits = circuit, [*circuit, *others], logits
+        self._circuit_group = {group.key: i for i, group in enumerate(circuit)}
         self.first = np.cumsum([0, *(len(group.position) for group in self.groups)])
         self.n_circuit, self.n_groups = int(self.first[len(circuit)]), int(self.first[-1])
         self.logit_table: Roots = root_table(logits, replacement)
@@ -81,11 +82,10 @@ class Nodes:
         if root.site == "logit":
             return self.n_groups + self.logits.index(root)
         kind = Kind.MLP if root.site == "mlp" else Kind.ATTN
-        place = self.replacement.site(root.layer, root.site).find(root.position, root.index)
-        for i, group in enumerate(self.circuit):
-            if group.key == (kind, root.layer, root.site):
-                return int(self.first[i]) + int((group.place == place).nonzero())
-        raise LookupError(root)
+        i = self._circuit_group[kind, root.layer, root.site]
+        group = self.circuit[i]
+        here = (group.position == root.position) & (self.features(group)[0] == root.index)
+        return int(self.first[i]) + int(here.nonzero())
 
     def site(self, group: Group) -> Site:
         """The site of a group of features, errors or biases."""

@@ -63,6 +63,11 @@ class Site:
         found = ((self.position == position) & (self.index == index)).nonzero()
         return int(found) if len(found) else None
 
+    def places(self, position: Int[torch.Tensor, " n"], index: Int[torch.Tensor, " n"]) -> Int[torch.Tensor, " n"]:
+        """The places in the list of features that fire."""
+        d_sae = len(self.dictionary.W_dec)
+        return torch.searchsorted(self.position * d_sae + self.index, position * d_sae + index)
+
     @property
     def on_z(self) -> bool:
         """Whether the dictionary reads and writes hook_z, so that W_O is still to be applied."""
@@ -170,7 +175,7 @@ def _open(dictionary: Dictionary, b_V: Float[torch.Tensor, " z"], n_pos: int) ->
 def encode(dictionary: Dictionary, x: Float[torch.Tensor, "pos d_in"], target: torch.Tensor) -> Site:
     """The site on input `x`, whose true output is `target` [pos, d_out]."""
     p = dictionary.pre_activations(x)
-    index, position = _nonzero(dictionary.active(p).T)
+    index, position = nonzero(dictionary.active(p).T)
     order = position.argsort(stable=True)
     position, index = position[order], index[order]
     counts = position.bincount(minlength=len(x))
@@ -189,7 +194,7 @@ def encode(dictionary: Dictionary, x: Float[torch.Tensor, "pos d_in"], target: t
     return Site(dictionary, position, index, value, tuple(counts.tolist()), error, bias, norm)
 
 
-def _nonzero(mask: Bool[torch.Tensor, "row column"]) -> tuple[Int[torch.Tensor, " n"], Int[torch.Tensor, " n"]]:
+def nonzero(mask: Bool[torch.Tensor, "row column"]) -> tuple[Int[torch.Tensor, " n"], Int[torch.Tensor, " n"]]:
     """(row, column) of what is true, in order; on a processor NumPy finds it several times as fast as torch."""
     if mask.device.type != "cpu":
         row, column = mask.nonzero().T

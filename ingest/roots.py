@@ -184,15 +184,13 @@ def _moved_share(
 
     BOS is not counted: heads rest on it when they have nothing to do.
     """
-    trace = model.trace
+    trace, below = model.trace, slice(layer + 1)
+    at = trace.pattern[below, :, position].movedim(2, 1)
+    own = at.gather(3, position[:, None, None].expand(*at.shape[:3], 1)) * trace.v[below, position]
+    z = trace.z[below, position] - own - at[..., :1] * trace.v[below, :1]
+    moved = (z.flatten(2) @ model.weights.W_O[below].flatten(1, 2)).sum(0)
     read = centre(model.mlp[layer].dictionary.encoder(index)) / trace.sigma_mid[layer][position, None]
-    moved = torch.zeros_like(value)
-    for i in range(layer + 1):
-        at = trace.pattern[i][:, position].movedim(0, 1)
-        own = at.gather(2, position[:, None, None].expand(-1, at.shape[1], 1)) * trace.v[i][position]
-        z = trace.z[i][position] - own - at[:, :, :1] * trace.v[i][0]
-        moved += ((z.flatten(1) @ model.W_O(i)) * read).sum(1)
-    return moved / value
+    return (moved * read).sum(1) / value
 
 
 def _named_feature(request: RootRequest, model: ReplacementModel) -> list[Root]:
@@ -213,29 +211,40 @@ def from_the_top(roots: Iterable[Root]) -> list[Root]:
 
 def root_table(roots: Sequence[Root], model: ReplacementModel) -> Roots:
     """Reads, values and constants of roots, in their order (METHOD 2)."""
-    trace, weights = model.trace, model.weights
-    read = torch.zeros(len(roots), trace.embed.shape[1], dtype=trace.embed.dtype)
+    position = torch.tensor([root.position for root in roots], dtype=torch.long)
+    index = torch.tensor([root.index for root in roots], dtype=torch.long)
+    read = model.trace.embed.new_zeros(len(roots), model.trace.embed.shape[1])
     value, constant = read.new_zeros(len(roots)), read.new_zeros(len(roots))
-    for i, root in enumerate(roots):
-        if root.site == "logit":
-            versus = [] if root.versus is None else [root.versus]
-            row = weights.W_U[:, root.index] - weights.W_U[:, versus].sum(1)
-            read[i] = centre(row) / trace.sigma_final[root.position]
-            value[i] = trace.logits[root.position, root.index] - trace.logits[root.position, versus].sum()
-            constant[i] = weights.b_U[root.index] - weights.b_U[versus].sum()
+    for layer, name in dict.fromkeys((root.layer, root.site) for root in roots):
+        rows = [i for i, root in enumerate(roots) if (root.layer, root.site) == (layer, name)]
+        if name == "logit":
+            read[rows], value[rows], constant[rows] = _logit_reads([roots[i] for i in rows], model)
             continue
-        site = (model.mlp if root.site == "mlp" else model.attn)[root.layer]
-        index = torch.tensor([root.index])
-        value[i] = site.value[site.find(root.position, root.index)]
-        constant[i] = model.constants(root.layer, root.site, index, torch.tensor([root.position]))[0]
-        if root.site == "mlp":
-            read[i] = centre(site.dictionary.encoder(index)[0]) / trace.sigma_mid[root.layer, root.position]
+        site = model.site(layer, name)
+        value[rows] = site.value[site.places(position[rows], index[rows])]
+        constant[rows] = model.constants(layer, name, index[rows], position[rows])
+        if name == "mlp":
+            encoder = site.dictionary.encoder(index[rows])
+            read[rows] = centre(encoder) / model.trace.sigma_mid[layer][position[rows], None]
     return Roots(
         layer=tuple(root.layer for root in roots),
         site=tuple(root.site for root in roots),
-        position=torch.tensor([root.position for root in roots], dtype=torch.long),
-        index=torch.tensor([root.index for root in roots], dtype=torch.long),
+        position=position,
+        index=index,
         read=read,
         value=value,
         constant=constant,
     )
+
+
+def _logit_reads(roots: Sequence[Root], model: ReplacementModel) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Reads, values and constants of logits, less those of the tokens that they are compared with."""
+    trace, weights = model.trace, model.weights
+    position, index = [root.position for root in roots], [root.index for root in roots]
+    read, value, constant = weights.W_U.T[index], trace.logits[position, index], weights.b_U[index]
+    for i, root in enumerate(roots):
+        if root.versus is not None:
+            read[i] -= weights.W_U[:, root.versus]
+            value[i] -= trace.logits[root.position, root.versus]
+            constant[i] -= weights.b_U[root.versus]
+    return centre(read) / trace.sigma_final[position, None], value, constant
