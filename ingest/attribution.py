@@ -36,18 +36,18 @@ Threshold = float | Float[torch.Tensor, " root"]  # of all roots, or of each
 
 def paper(threshold: Threshold) -> Keep:
     """Keep attr > threshold: absolute, positive only, as published."""
-    return lambda attr, root_value: attr > _of_each(threshold)
+    return lambda attr, root_value: attr > _of_each(threshold, attr)
 
 
 def relative(threshold: Threshold) -> Keep:
     """Keep |attr| >= threshold * |p_r|, both signs."""
-    return lambda attr, root_value: (attr.abs() >= _of_each(threshold) * root_value.abs()[:, None]) & (attr != 0)
+    return lambda attr, root_value: (attr.abs() >= _of_each(threshold, attr) * root_value.abs()[:, None]) & (attr != 0)
 
 
 def support(threshold: Threshold) -> Keep:
     """Keep attr >= threshold * |p_r| in the sign of p_r: what makes the root what it is, not what works against it."""
     return lambda attr, root_value: (
-        (attr * root_value.sign()[:, None] >= _of_each(threshold) * root_value.abs()[:, None]) & (attr != 0)
+        (attr * root_value.sign()[:, None] >= _of_each(threshold, attr) * root_value.abs()[:, None]) & (attr != 0)
     )
 
 
@@ -57,15 +57,15 @@ def top_mass(threshold: Threshold) -> Keep:
     def keep(attr: torch.Tensor, root_value: torch.Tensor) -> torch.Tensor:
         ordered, order = attr.abs().sort(dim=1, descending=True, stable=True)
         before = ordered.cumsum(1) - ordered
-        chosen = before < _of_each(threshold) * ordered.sum(1, keepdim=True)
+        chosen = before < _of_each(threshold, attr) * ordered.sum(1, keepdim=True)
         return torch.zeros_like(chosen).scatter_(1, order, chosen) & (attr != 0)
 
     return keep
 
 
-def _of_each(threshold: Threshold) -> torch.Tensor | float:
-    """A threshold for each root; or the one of all."""
-    return threshold[:, None] if isinstance(threshold, torch.Tensor) else threshold
+def _of_each(threshold: Threshold, attr: torch.Tensor) -> torch.Tensor | float:
+    """A threshold for each row of `attr`, which are those of the first roots; or the one of all."""
+    return threshold[: len(attr), None] if isinstance(threshold, torch.Tensor) else threshold
 
 
 RULES: dict[str, Callable[[Threshold], Keep]] = {
@@ -162,6 +162,11 @@ class Rows:
         return cls(*reached.nonzero(as_tuple=True))
 
     @property
+    def n_begun(self) -> int:
+        """How many roots come before the last one that has a row, and it."""
+        return int(self.root[-1]) + 1 if len(self.root) else 0
+
+    @property
     def at(self) -> tuple[Int[torch.Tensor, " row"], Int[torch.Tensor, " row"]]:
         """As an index into g and into tables by root and position."""
         return self.root, self.position
@@ -189,13 +194,15 @@ def attribute(model: ReplacementModel, roots: Roots, keep: Keep) -> Attribution:
     def site_attribution(
         layer: int, name: str, rows: Rows, written: torch.Tensor, bias: torch.Tensor
     ) -> tuple[Rows, torch.Tensor]:
-        site = model.site(layer, name)
-        feature, kept, gradients = _features(site, written, rows, reached, keep, roots.value)
+        site, n = model.site(layer, name), rows.n_begun
+        feature, kept, gradients = _features(site, written, rows, keep, roots.value[:n])
         error = _products(written, site.error, rows)
-        (mlp if name == "mlp" else attn).append(SiteAttribution(feature, kept, table(rows, error), table(rows, bias)))
+        (mlp if name == "mlp" else attn).append(
+            SiteAttribution(_padded(feature, roots), _padded(kept, roots), table(rows, error), table(rows, bias))
+        )
         constants = model.constants(layer, name, site.index[gradients.place], site.position[gradients.place])
         constant.index_add_(0, gradients.root, gradients.value * constants)
-        pruned.add_((feature * ~kept).sum(1))
+        pruned[:n] += (feature * ~kept).sum(1)
         return _hand_on(site, gradients, written, rows)
 
     begin(model.n_layers)
@@ -211,7 +218,7 @@ def attribute(model: ReplacementModel, roots: Roots, keep: Keep) -> Attribution:
         written = live @ model.W_O(layer).T if model.attn[layer].on_z else live
         rows, read = site_attribution(layer, "attn", rows, written, _products(live, model.attn_bias(layer), rows))
         rows, read = _with_begun(model, layer, roots, rows, read)
-        keys, through = through_values(model, layer, rows, read, len(g))
+        keys, through = through_values(model, layer, rows, read)
         g[keys.at] += through
         reached[keys.at] = True
     return Attribution(
@@ -244,18 +251,20 @@ def _with_begun(
 
 
 def through_values(
-    model: ReplacementModel, layer: int, rows: Rows, read: Float[torch.Tensor, "row d_in"], n_roots: int
+    model: ReplacementModel, layer: int, rows: Rows, read: Float[torch.Tensor, "row d_in"]
 ) -> tuple[Rows, Float[torch.Tensor, "key d_model"]]:
     """Carry reads of the attention site at query positions to reads of resid_pre at key positions, patterns frozen."""
     pattern, W_V = model.trace.pattern[layer], model.weights.W_V[layer]
-    last = torch.full((n_roots,), -1).scatter_reduce_(0, rows.root, rows.position, "amax")
-    keys = Rows.of(torch.arange(pattern.shape[2]) <= last[:, None])
+    reading, root = rows.root.unique(return_inverse=True)
     queries, query = rows.position.unique(return_inverse=True)
-    read_z = read.new_zeros(n_roots, len(queries), W_V.shape[0], W_V.shape[2])
-    read_z[rows.root, query] = model.to_z(layer, read, rows.position).unflatten(1, (W_V.shape[0], W_V.shape[2]))
+    last = torch.zeros_like(reading).scatter_reduce_(0, root, rows.position, "amax")
+    keys = Rows.of(torch.arange(pattern.shape[2]) <= last[:, None])
+    read_z = read.new_zeros(len(reading), len(queries), W_V.shape[0], W_V.shape[2])
+    read_z[root, query] = model.to_z(layer, read, rows.position).unflatten(1, (W_V.shape[0], W_V.shape[2]))
     read_v = torch.einsum("hts,rthe->rshe", pattern[:, queries], read_z)[keys.at]
     through = read_v.flatten(1) @ W_V.mT.flatten(0, 1)
-    return keys, centre(through) / model.trace.sigma_pre[layer][keys.position, None]
+    sigma = model.trace.sigma_pre[layer][keys.position, None]
+    return Rows(reading[keys.root], keys.position), centre(through) / sigma
 
 
 @dataclass(frozen=True)
@@ -268,22 +277,22 @@ class Gradients:
 
 
 def _features(
-    site: Site,
-    g: Float[torch.Tensor, "row d_out"],
-    rows: Rows,
-    reached: Bool[torch.Tensor, "root pos"],
-    keep: Keep,
-    value: Float[torch.Tensor, " root"],
-) -> tuple[Float[torch.Tensor, "root active"], Bool[torch.Tensor, "root active"], Gradients]:
+    site: Site, g: Float[torch.Tensor, "row d_out"], rows: Rows, keep: Keep, value: Float[torch.Tensor, " begun"]
+) -> tuple[Float[torch.Tensor, "begun active"], Bool[torch.Tensor, "begun active"], Gradients]:
     """Attributions of features, which of them are kept, and these features' gradients."""
-    root, place = nonzero(reached[:, site.position])
-    ends = functional.pad(torch.tensor(site.counts)[rows.position].cumsum(0), (1, 0))
+    counts = torch.tensor(site.counts)
+    n = counts[rows.position]
+    ends = functional.pad(n.cumsum(0), (1, 0))
+    row = torch.arange(len(n)).repeat_interleave(n)
+    # The features of a row are those of its position, one stretch of the site's list.
+    place = ((counts.cumsum(0) - counts)[rows.position] - ends[:-1])[row] + torch.arange(len(row))
+    root = rows.root[row]
     shape = (len(g), len(site.dictionary.W_dec))
     at = torch.sparse_csr_tensor(ends, site.index[place], g.new_zeros(len(place)), shape, check_invariants=False)
     gradient = torch.sparse.sampled_addmm(at, g, site.dictionary.W_dec.T, beta=0.0).values()
     if site.norm is not None:
         gradient = gradient * site.norm[1][site.position[place]]
-    attr = g.new_zeros(len(reached), len(site.position))
+    attr = g.new_zeros(len(value), len(site.position))
     attr[root, place] = gradient * site.value[place]
     kept = keep(attr, value)
     handed = nonzero(kept[root, place][None])[1]
@@ -311,3 +320,8 @@ def _hand_on(
     skipped = written @ site.dictionary.W_skip.T
     skipped[torch.searchsorted(rows.root * n_pos + rows.position, key)] += read
     return rows, skipped
+
+
+def _padded(part: torch.Tensor, roots: Roots) -> torch.Tensor:
+    """What the begun roots have, with zeros for the others."""
+    return functional.pad(part, (0, 0, 0, len(roots.site) - len(part)))

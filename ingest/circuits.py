@@ -189,15 +189,17 @@ def _membership(sweep: Sweep, groups: Sequence[Group]) -> tuple[torch.Tensor, to
 def _circuits(sweep: Sweep, nodes: Nodes, direct: DirectEdges, ov: OVEdges) -> Iterator[CircuitRecord]:
     """One circuit per root, with its members and its shares (METHOD 4)."""
     found = sweep.attribution
-    ends = np.concatenate([[direct.source, direct.target], [ov.source, ov.target]], axis=1)
     shares = torch.stack([found.embeddings + found.biases + found.constant, found.errors, found.pruned])
     shares = (shares / sweep.table.value).T.tolist()
     attributions, memberships = (part.double().numpy() for part in _membership(sweep, nodes.circuit))
+    numbers = [nodes.of_root(root) for root in sweep.roots]
+    inside = np.zeros((len(nodes), len(numbers)), dtype=bool)
+    inside[: nodes.n_circuit] = memberships.T
+    inside[numbers, np.arange(len(numbers))] = True
+    source, target = np.concatenate([[direct.source, direct.target], [ov.source, ov.target]], axis=1)
+    n_edges = (inside[source] & inside[target]).sum(0).tolist()
     for r, (root, value) in enumerate(zip(sweep.roots, sweep.table.value.tolist(), strict=True)):
-        node = nodes.of_root(root)
-        members = memberships[r].nonzero()[0]
-        inside = np.zeros(len(nodes), dtype=bool)
-        inside[members] = inside[node] = True
+        node, members = numbers[r], memberships[r].nonzero()[0]
         completeness, error_share, pruned_share = shares[r]
         yield CircuitRecord(
             id=f"{nodes.prompt_id}/{root_path(root)}/{sweep.rule}",
@@ -206,7 +208,7 @@ def _circuits(sweep: Sweep, nodes: Nodes, direct: DirectEdges, ov: OVEdges) -> I
             threshold=sweep.threshold[r],
             members=np.append(members, node),
             attribution=np.append(attributions[r, members], value),
-            n_edges=int(inside[ends].all(0).sum()),
+            n_edges=n_edges[r],
             root_value=value,
             completeness=completeness,
             error_share=error_share,

@@ -28,7 +28,8 @@ def firings(replacement: ReplacementModel) -> Firings:
     first = np.cumsum([0, *widths])  # features of all dictionaries are numbered through
     feature = index + np.repeat(first[:-1], [len(site.index) - site.counts[0] for site in sites])
     order = np.argsort(feature * len(replacement.trace.tokens) + position)
-    number, start = np.unique(feature[order], return_index=True)
+    start = np.flatnonzero(np.diff(feature[order], prepend=-1))
+    number = feature[order[start]]
     dictionary = np.searchsorted(first, number, side="right") - 1
     return Firings(
         dictionaries=tuple(site.dictionary.record.id for site in sites),
