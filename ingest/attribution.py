@@ -30,6 +30,8 @@ from ingest.replacement import ReplacementModel, Site, centre, nonzero
 
 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
 
+READS = 64  # rows that look back at once
+
 Keep = Callable[[Float[torch.Tensor, "root n"], Float[torch.Tensor, " root"]], Bool[torch.Tensor, "root n"]]
 Threshold = float | Float[torch.Tensor, " root"]  # of all roots, or of each
 
@@ -218,9 +220,9 @@ def attribute(model: ReplacementModel, roots: Roots, keep: Keep) -> Attribution:
         written = live @ model.W_O(layer).T if model.attn[layer].on_z else live
         rows, read = site_attribution(layer, "attn", rows, written, _products(live, model.attn_bias(layer), rows))
         rows, read = _with_begun(model, layer, roots, rows, read)
-        keys, through = through_values(model, layer, rows, read)
-        g[keys.at] += through
-        reached[keys.at] = True
+        look_back(model, layer, rows, read, g)
+        last = torch.full((len(g),), -1).scatter_reduce_(0, rows.root, rows.position, "amax")
+        reached |= torch.arange(reached.shape[1]) <= last[:, None]
     return Attribution(
         attn=tuple(reversed(attn)),
         mlp=tuple(reversed(mlp)),
@@ -250,21 +252,20 @@ def _with_begun(
     return Rows(torch.cat([rows.root, torch.tensor(here)]), position), torch.cat([read, encoder])
 
 
-def through_values(
-    model: ReplacementModel, layer: int, rows: Rows, read: Float[torch.Tensor, "row d_in"]
-) -> tuple[Rows, Float[torch.Tensor, "key d_model"]]:
-    """Carry reads of the attention site at query positions to reads of resid_pre at key positions, patterns frozen."""
-    pattern, W_V = model.trace.pattern[layer], model.weights.W_V[layer]
-    reading, root = rows.root.unique(return_inverse=True)
-    queries, query = rows.position.unique(return_inverse=True)
-    last = torch.zeros_like(reading).scatter_reduce_(0, root, rows.position, "amax")
-    keys = Rows.of(torch.arange(pattern.shape[2]) <= last[:, None])
-    read_z = read.new_zeros(len(reading), len(queries), W_V.shape[0], W_V.shape[2])
-    read_z[root, query] = model.to_z(layer, read, rows.position).unflatten(1, (W_V.shape[0], W_V.shape[2]))
-    read_v = torch.einsum("hts,rthe->rshe", pattern[:, queries], read_z)[keys.at]
-    through = read_v.flatten(1) @ W_V.mT.flatten(0, 1)
-    sigma = model.trace.sigma_pre[layer][keys.position, None]
-    return Rows(reading[keys.root], keys.position), centre(through) / sigma
+def look_back(
+    model: ReplacementModel,
+    layer: int,
+    rows: Rows,
+    read: Float[torch.Tensor, "row d_in"],
+    g: Float[torch.Tensor, "root pos d_model"],
+) -> None:
+    """Carry reads of the attention site at query positions to g of resid_pre at key positions, patterns frozen."""
+    trace, W_V = model.trace, model.weights.W_V[layer]
+    z = model.to_z(layer, read, rows.position).unflatten(1, (W_V.shape[0], W_V.shape[2]))
+    value = centre(torch.einsum("rhe,hde->rhd", z, W_V))
+    moving = (trace.pattern[layer] / trace.sigma_pre[layer]).permute(1, 2, 0)  # [query, key, head]
+    for some in torch.arange(len(read)).split(READS):
+        g.index_add_(0, rows.root[some], moving[rows.position[some]] @ value[some])
 
 
 @dataclass(frozen=True)

@@ -56,8 +56,7 @@ def spans(fires: Firings, tokens: list[int], model: LanguageModel) -> Spans:
     summed = np.concatenate([[0.0], fires.value.cumsum()])
     start, end = fires.position[first], fires.position[last]
     places, text_of = np.unique(start * len(tokens) + end, return_inverse=True)
-    bounds = [divmod(place, len(tokens)) for place in places.tolist()]
-    texts = model.texts([tokens[a : b + 1] for a, b in bounds])
+    texts = model.stretches(tokens, [divmod(place, len(tokens)) for place in places.tolist()])
     return Spans(
         feature=feature[first],
         start=start,

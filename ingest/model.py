@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from tokenizers.decoders import ByteLevel
 
 from atlas.errors import AtlasError, cause
 from atlas.records import ModelRecord
@@ -29,6 +30,7 @@ from ingest.registry import CONVENTIONS, published_model
 MINI = Path(__file__).parent / "mini" / "weights"
 STEPS = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
 WEIGHTS = "model.safetensors"
+CUT = "\ufffd"  # what a part of a character decodes to
 FILES = ("config.json", WEIGHTS, "tokenizer.json")
 
 
@@ -78,6 +80,20 @@ class LanguageModel:
     def texts(self, tokens: Sequence[list[int]]) -> list[str]:
         """The texts of many stretches of tokens, at a fraction of what `text` takes for each."""
         return self.tokenizer.backend_tokenizer.decode_batch(list(tokens), skip_special_tokens=False)
+
+    def stretches(self, tokens: list[int], bounds: Sequence[tuple[int, int]]) -> list[str]:
+        """The texts from one of `tokens` to another, both with it.
+
+        Byte-level tokens decode one by one, where none ends within a character.
+        """
+        if not isinstance(self.tokenizer.backend_tokenizer.decoder, ByteLevel):
+            return self.texts([tokens[a : b + 1] for a, b in bounds])
+        pieces = self.texts([[token] for token in tokens])
+        texts = ["".join(pieces[a : b + 1]) for a, b in bounds]
+        cut = [i for i, text in enumerate(texts) if CUT in text]
+        for i, text in zip(cut, self.texts([tokens[bounds[i][0] : bounds[i][1] + 1] for i in cut]), strict=True):
+            texts[i] = text
+        return texts
 
     def token_text(self, token: int) -> str:
         """The text of one token, as a person reads it."""

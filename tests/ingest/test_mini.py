@@ -114,3 +114,12 @@ def test_encoding_is_saelens_own(mini):
             found[site.position, site.index] = site.value
             torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
             assert np.count_nonzero(want[1:]) > 0
+
+
+def test_stretches_of_tokens_are_what_the_tokenizer_decodes(mini):
+    tokens = mini.model.tokens("The naïve cat 🐈 wrote “日本” in Zürich.")
+    bounds = [(a, b) for a in range(1, len(tokens)) for b in range(a, len(tokens))]
+    found = mini.model.stretches(tokens, bounds)
+    assert found == [mini.model.text(tokens[a : b + 1]) for a, b in bounds]
+    assert any("\ufffd" in text for text in found)
+    assert "日本" in "".join(found)
