@@ -85,9 +85,9 @@ def ov_edges(sources: Sources, targets: AttentionTargets, model: ReplacementMode
     layer = targets.layer
     below = int((sources.depth < depth_of(layer, "attn")).sum())
     position = sources.position[:below]
-    value = head_values(sources.write[:below] / model.trace.sigma_pre[layer][position, None], model.weights.W_V[layer])
+    resid = sources.write[:below] / model.trace.sigma_pre[layer][position, None]
     pattern = model.trace.pattern[layer].index_select(1, targets.position).index_select(2, position)
-    weight = torch.einsum("nhe,uhe->hnu", targets.z_read, value) * pattern
+    weight = _through_heads(resid, targets.z_read, model.weights.W_V[layer]) * pattern
     strong = np.flatnonzero(weight.abs() >= SHARE * targets.value[:, None])
     head, target, source = np.unravel_index(strong, weight.shape)
     return OVEdges(
@@ -98,6 +98,17 @@ def ov_edges(sources: Sources, targets: AttentionTargets, model: ReplacementMode
         weight=weight.numpy().take(strong).astype(np.float64),
         pattern=pattern.numpy().take(strong).astype(np.float64),
     )
+
+
+def _through_heads(
+    resid: Float[torch.Tensor, "source d_model"],
+    z_read: Float[torch.Tensor, "target head d_head"],
+    W_V: Float[torch.Tensor, "head d_model d_head"],
+) -> Float[torch.Tensor, "head target source"]:
+    """resid . P W_V[h] z_read[h]; the fewer of both are carried through W_V."""
+    if len(z_read) < W_V.shape[2]:
+        return centre(torch.einsum("nhe,hde->hnd", z_read, W_V)) @ resid.T
+    return torch.einsum("nhe,uhe->hnu", z_read, head_values(resid, W_V))
 
 
 def head_values(
