@@ -76,6 +76,7 @@ class ReplacementModelRecord:
     """A model and the dictionaries that stand in for its layers; `id` hashes all of them.
 
     `open_attention` are the layers whose attention has none, ascending: there it passes through its patterns.
+    `dtype` is what the model computed in: bfloat16, float32 or float64.
     """
 
     id: str
@@ -83,6 +84,7 @@ class ReplacementModelRecord:
     model: ModelRecord
     dictionaries: tuple[DictionaryRecord, ...]
     open_attention: tuple[int, ...] = ()
+    dtype: str = "float32"
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,13 @@ a number counts as a violation. Three of them measure:
 - The identity of METHOD 5, score = sum of its QK scores + unstored; its residual is relative in the same way.
 - completeness + error_share + pruned_share = 1; its residual is the plain difference.
 
-All may reach TOLERANCE. Checks about prompts run over batches of prompts, so that neither engine ever
+All may reach what TOLERANCES says of the dtype that the prompt's model computed in; what is summed over prompts of
+all dtypes may reach TOLERANCE. Checks about prompts run over batches of prompts, so that neither engine ever
 holds the whole store in one query.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -23,7 +24,9 @@ import click
 from atlas.cli import store_option
 from atlas.store import Store, connect
 
-TOLERANCE = 1e-4
+# What a bfloat16 model computed is attributed in single precision.
+TOLERANCES = {"bfloat16": 1e-4, "float32": 1e-4, "float64": 1e-9}
+TOLERANCE = TOLERANCES["float32"]
 THINGS_PER_QUERY = 20
 
 
@@ -46,8 +49,8 @@ class Check:
 class _Question:
     """A check as Cypher that ends with `id`, `ok` and `residual` of each thing in scope.
 
-    It is asked of $prompts, a list of ids, with `per_feature` of $features, and without both once of
-    the whole store.
+    It is asked of $prompts, a list of ids whose identities hold to $tolerance, with `per_feature` of $features, and
+    without both once of the whole store.
     """
 
     name: str
@@ -187,15 +190,15 @@ QUESTIONS = (
     _Question(
         "conservation",
         "pre_activation = constant + incoming DIRECT and OV weights + unstored",
-        f"""
+        """
         UNWIND $prompts AS prompt
-        MATCH (v:CircuitNode {{prompt: prompt}}) WHERE v:Activation OR v:Logit
+        MATCH (v:CircuitNode {prompt: prompt}) WHERE v:Activation OR v:Logit
         OPTIONAL MATCH (v)<-[e:DIRECT|OV]-()
         WITH v, sum(e.weight) AS total, sum(abs(e.weight)) AS size
         WITH v.id AS id, abs(v.constant + total + v.unstored - v.pre_activation) AS difference,
              abs(v.pre_activation) AS own, (size + abs(v.constant) + abs(v.unstored)) / 100 + 1e-12 AS floor
         WITH id, difference / CASE WHEN own > floor THEN own ELSE floor END AS residual
-        WITH id, residual, residual <= {TOLERANCE} AS ok
+        WITH id, residual, residual <= $tolerance AS ok
         """,
     ),
     _Question(
@@ -228,22 +231,22 @@ QUESTIONS = (
     _Question(
         "scores",
         "score = QK scores between its tokens + unstored, and every QK edge belongs to a score",
-        f"""
-        CALL () {{
+        """
+        CALL () {
           UNWIND $prompts AS prompt
-          MATCH (a:AttentionScore {{prompt: prompt}})
+          MATCH (a:AttentionScore {prompt: prompt})
           RETURN a.id AS id, CASE WHEN a.score + a.unstored IS NULL THEN 2 ELSE 1 END AS owner, a.score AS score,
                  a.unstored AS part
           UNION ALL
           UNWIND $prompts AS prompt
-          MATCH (v:CircuitNode {{prompt: prompt}})-[e:QK]->(u)
+          MATCH (v:CircuitNode {prompt: prompt})-[e:QK]->(u)
           RETURN prompt + '/' + toString(e.layer) + '.' + toString(e.head) + '/' + toString(u.position) + '-'
                  + toString(v.position) AS id, 0 AS owner, 0.0 AS score, e.score AS part
-        }}
+        }
         WITH id, sum(owner) AS owners, sum(score) AS score, sum(part) AS total, sum(abs(part)) AS size
         WITH id, owners, abs(total - score) AS difference, abs(score) AS own, size / 100 + 1e-12 AS floor
         WITH id, owners, difference / CASE WHEN own > floor THEN own ELSE floor END AS residual
-        WITH id, residual, owners = 1 AND residual <= {TOLERANCE} AS ok
+        WITH id, residual, owners = 1 AND residual <= $tolerance AS ok
         """,
     ),
     _Question(
@@ -292,11 +295,11 @@ QUESTIONS = (
     _Question(
         "shares",
         "completeness + error_share + pruned_share = 1",
-        f"""
+        """
         UNWIND $prompts AS prompt
-        MATCH (c:Circuit {{prompt: prompt}})
+        MATCH (c:Circuit {prompt: prompt})
         WITH c.id AS id, abs(c.completeness + c.error_share + c.pruned_share - 1) AS residual
-        WITH id, residual, residual <= {TOLERANCE} AS ok
+        WITH id, residual, residual <= $tolerance AS ok
         """,
     ),
     _Question(
@@ -367,17 +370,25 @@ QUESTIONS = (
 
 def verify(store: Store) -> list[Check]:
     """Ask every question of the whole store; the findings are in the order of QUESTIONS."""
-    prompts = [str(id) for id in store.read("MATCH (p:Prompt) RETURN p.id AS id ORDER BY id")["id"]]
+    traced = store.read(
+        "MATCH (p:Prompt) OPTIONAL MATCH (p)-[:TRACED_BY]->(m) RETURN p.id AS id, max(m.dtype) AS dtype ORDER BY id"
+    )
+    prompts: dict[float, list[str]] = {}
+    for id, dtype in zip(traced["id"], traced["dtype"], strict=True):
+        prompts.setdefault(TOLERANCES.get(dtype, TOLERANCE), []).append(str(id))
     features = [str(id) for id in store.read("MATCH (f:Feature) RETURN f.id AS id ORDER BY id")["id"]]
-    return [_ask(store, question, features if question.per_feature else prompts) for question in QUESTIONS]
+    return [_ask(store, question, {TOLERANCE: features} if question.per_feature else prompts) for question in QUESTIONS]
 
 
-def _ask(store: Store, question: _Question, ids: Sequence[str]) -> Check:
+def _ask(store: Store, question: _Question, ids: Mapping[float, Sequence[str]]) -> Check:
+    """One question of all that it is about, by the tolerance to which that must hold."""
     checked = violations = 0
     worst: list[float] = []
     examples: list[str] = []
-    for batch in _batches(ids) if question.per_prompt or question.per_feature else [[]]:
-        row = store.read(question.cypher + _SUMMARY, prompts=batch, features=batch).astype(object).iloc[0]
+    whole = not (question.per_prompt or question.per_feature)
+    for tolerance, batch in [(TOLERANCE, [])] if whole else _batches(ids):
+        parameters = {"prompts": batch, "features": batch, "tolerance": tolerance}
+        row = store.read(question.cypher + _SUMMARY, **parameters).astype(object).iloc[0]
         checked += int(row["checked"])
         violations += int(row["violations"] or 0)
         worst += [float(row["worst"])] if row["worst"] is not None else []
@@ -392,10 +403,11 @@ def _ask(store: Store, question: _Question, ids: Sequence[str]) -> Check:
     )
 
 
-def _batches(ids: Sequence[str]) -> Iterator[list[str]]:
-    rest = iter(ids)
-    while batch := list(islice(rest, THINGS_PER_QUERY)):
-        yield batch
+def _batches(ids: Mapping[float, Sequence[str]]) -> Iterator[tuple[float, list[str]]]:
+    for tolerance, alike in ids.items():
+        rest = iter(alike)
+        while batch := list(islice(rest, THINGS_PER_QUERY)):
+            yield tolerance, batch
 
 
 @click.command("verify")

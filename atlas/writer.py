@@ -86,8 +86,16 @@ def register(store: Store, model: ReplacementModelRecord, run: RunRecord) -> Non
         _create(
             transaction,
             "MATCH (m:Model {id: row.model}) MERGE (n:ReplacementModel {id: row.id}) SET n.name = row.name, "
-            "n.open_attention = row.open MERGE (n)-[:REPLACES]->(m)",
-            [{"id": model.id, "name": model.name, "model": model.model.id, "open": list(model.open_attention)}],
+            "n.open_attention = row.open, n.dtype = row.dtype MERGE (n)-[:REPLACES]->(m)",
+            [
+                {
+                    "id": model.id,
+                    "name": model.name,
+                    "model": model.model.id,
+                    "open": list(model.open_attention),
+                    "dtype": model.dtype,
+                }
+            ],
         )
         _create(
             transaction,

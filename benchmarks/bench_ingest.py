@@ -29,6 +29,7 @@ from ingest.model import MINI, load_model
 from ingest.prompts import Prompt
 from ingest.roots import parse_root
 from ingest.setup import Setup, set_up
+from ingest.shelf import Matrices
 from ingest.trace import trace
 
 N_TOKENS, D_SAE, L0, REPEATS = 64, 24_576, 50, 7
@@ -39,8 +40,7 @@ def main(which: str) -> None:
     """Measure and print."""
     setup = set_up("mini") if which == "mini" else gpt2_shaped()
     tokens = text_tokens(setup)
-    root = parse_root("default", setup.model, setup.dictionaries)
-    request = CircuitRequest("support", THRESHOLDS["support"], root, logit_threshold=LOGIT_THRESHOLDS["support"])
+    request = default_request(setup)
     without_scores = replace(request, look_share=NEVER)
     base, circuits, whole = [], [], []
     for _ in range(REPEATS + 1):
@@ -69,6 +69,12 @@ def main(which: str) -> None:
             }
         )
     )
+
+
+def default_request(setup: Setup) -> CircuitRequest:
+    """What `atlas ingest` asks for unless told otherwise."""
+    root = parse_root("default", setup.model, setup.dictionaries)
+    return CircuitRequest("support", THRESHOLDS["support"], root, logit_threshold=LOGIT_THRESHOLDS["support"])
 
 
 def record(setup: Setup, tokens: list[int], request: CircuitRequest) -> PromptRecord:
@@ -144,7 +150,8 @@ def random_dictionary(model: str, layer: int, site: str, x: torch.Tensor) -> Dic
         sha256="random",
     )
     W_dec = torch.randn(D_SAE, d).div_(d**0.5)
-    return Dictionary(W_enc, bias.expand(D_SAE).clone(), torch.zeros(d), W_dec, torch.zeros(d), None, None, record)
+    matrices, zeros = Matrices(W_enc, W_dec), torch.zeros(d)
+    return Dictionary(lambda: matrices, bias.expand(D_SAE).clone(), zeros, zeros, None, None, record)
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def measure_prompt(
             for r, root in enumerate(roots):
                 claims.append(Claim(f"{number}/{r}/{rule}/{threshold}", root, kept(setup, replacement, found, r)))
                 keys.append((r, rule, threshold))
-    nothing = [Claim(f"{number}/{r}/none", root, as_features([])) for r, root in enumerate(roots)]
+    nothing = [Claim(f"{number}/{r}/none", root, as_features(setup, [])) for r, root in enumerate(roots)]
     shares = measure(setup, replacement, [*claims, *nothing], mean)
     signed = signed_shares(setup, replacement, table, claims, [r for r, _, _ in keys], mean)
     direct = attribute(replacement, table, lambda attr, _: torch.zeros_like(attr, dtype=torch.bool))
@@ -175,7 +175,7 @@ def edges(
         strong = ((attr.abs() >= EDGE_SHARE * abs(value)) & (site.position > 0)).nonzero()[:, 0]
         sources += [(number, int(site.position[i]), int(site.index[i])) for i in strong]
         weights += attr[strong].tolist()
-    interventions = [Intervention(root, as_features([source]), False) for source in sources]
+    interventions = [Intervention(root, as_features(setup, [source]), False) for source in sources]
     after = root_values(setup, replacement.trace.tokens.tolist(), interventions, zero, pre_activations=True)
     return [(w / value, (value - a) / value) for w, a in zip(weights, after.tolist(), strict=True)]
 

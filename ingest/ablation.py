@@ -42,7 +42,7 @@ def ablate_first_token(
     chosen, others = _at_token(setup, replacement, start, later, rule, threshold)
     rng = random.Random(f"{tokens} {roots}")
     sets = [[], chosen, *(_draw(chosen, others, rng) for _ in range(N_RANDOM))]
-    rows = [as_features([(site, start, i) for site, some in enumerate(each) for i in some]) for each in sets]
+    rows = [as_features(setup, [(site, start, i) for site, some in enumerate(each) for i in some]) for each in sets]
     kind = "zero" if any(dictionary.mean is None for dictionary in setup.dictionaries) else "mean"
     interventions = [Intervention(root, features, outside=False) for features in rows for root in later]
     values = root_values(setup, tokens, interventions, ablation(setup, kind)).view(len(sets), len(later)).sum(1)

@@ -179,7 +179,7 @@ def attribute(model: ReplacementModel, roots: Roots, keep: Keep) -> Attribution:
     """Sweep all roots of a prompt from the last layer to the embeddings (METHOD 4)."""
     trace = model.trace
     g = trace.embed.new_zeros(len(roots.site), *trace.embed.shape)
-    reached = torch.zeros(g.shape[:2], dtype=torch.bool)  # where g is something
+    reached = g.new_zeros(g.shape[:2], dtype=torch.bool)  # where g is something
     constant = roots.constant.clone()
     pruned = torch.zeros_like(constant)
     attn: list[SiteAttribution] = []
@@ -221,8 +221,8 @@ def attribute(model: ReplacementModel, roots: Roots, keep: Keep) -> Attribution:
         rows, read = site_attribution(layer, "attn", rows, written, _products(live, model.attn_bias(layer), rows))
         rows, read = _with_begun(model, layer, roots, rows, read)
         look_back(model, layer, rows, read, g)
-        last = torch.full((len(g),), -1).scatter_reduce_(0, rows.root, rows.position, "amax")
-        reached |= torch.arange(reached.shape[1]) <= last[:, None]
+        last = rows.root.new_full((len(g),), -1).scatter_reduce_(0, rows.root, rows.position, "amax")
+        reached |= torch.arange(reached.shape[1], device=last.device) <= last[:, None]
     return Attribution(
         attn=tuple(reversed(attn)),
         mlp=tuple(reversed(mlp)),
@@ -249,7 +249,7 @@ def _with_begun(
         return rows, read
     encoder = model.attn[layer].dictionary.encoder(roots.index[here])
     position = torch.cat([rows.position, roots.position[here]])
-    return Rows(torch.cat([rows.root, torch.tensor(here)]), position), torch.cat([read, encoder])
+    return Rows(torch.cat([rows.root, rows.root.new_tensor(here)]), position), torch.cat([read, encoder])
 
 
 def look_back(
@@ -264,7 +264,7 @@ def look_back(
     z = model.to_z(layer, read, rows.position).unflatten(1, (W_V.shape[0], W_V.shape[2]))
     value = centre(torch.einsum("rhe,hde->rhd", z, W_V))
     moving = (trace.pattern[layer] / trace.sigma_pre[layer]).permute(1, 2, 0)  # [query, key, head]
-    for some in torch.arange(len(read)).split(READS):
+    for some in torch.arange(len(read), device=read.device).split(READS):
         g.index_add_(0, rows.root[some], moving[rows.position[some]] @ value[some])
 
 
@@ -281,22 +281,22 @@ def _features(
     site: Site, g: Float[torch.Tensor, "row d_out"], rows: Rows, keep: Keep, value: Float[torch.Tensor, " begun"]
 ) -> tuple[Float[torch.Tensor, "begun active"], Bool[torch.Tensor, "begun active"], Gradients]:
     """Attributions of features, which of them are kept, and these features' gradients."""
-    counts = torch.tensor(site.counts)
+    counts = rows.position.new_tensor(site.counts)
     n = counts[rows.position]
     ends = functional.pad(n.cumsum(0), (1, 0))
-    row = torch.arange(len(n)).repeat_interleave(n)
+    row = torch.arange(len(n), device=n.device).repeat_interleave(n)
     # The features of a row are those of its position, one stretch of the site's list.
-    place = ((counts.cumsum(0) - counts)[rows.position] - ends[:-1])[row] + torch.arange(len(row))
+    place = ((counts.cumsum(0) - counts)[rows.position] - ends[:-1])[row] + torch.arange(len(row), device=n.device)
     root = rows.root[row]
-    shape = (len(g), len(site.dictionary.W_dec))
-    at = torch.sparse_csr_tensor(ends, site.index[place], g.new_zeros(len(place)), shape, check_invariants=False)
+    shape, empty = (len(g), site.dictionary.record.d_sae), g.new_zeros(len(place))
+    at = torch.sparse_csr_tensor(ends, site.index[place], empty, shape, device=g.device, check_invariants=False)
     gradient = torch.sparse.sampled_addmm(at, g, site.dictionary.W_dec.T, beta=0.0).values()
     if site.norm is not None:
         gradient = gradient * site.norm[1][site.position[place]]
     attr = g.new_zeros(len(value), len(site.position))
     attr[root, place] = gradient * site.value[place]
     kept = keep(attr, value)
-    handed = nonzero(kept[root, place][None])[1]
+    (handed,) = nonzero(kept[root, place])
     return attr, kept, Gradients(root[handed], place[handed], gradient[handed])
 
 

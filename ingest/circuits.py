@@ -79,7 +79,7 @@ def prompt_record(
     logits = list(dict.fromkeys(root for sweep in sweeps for root in sweep.roots if root.site == "logit"))
     groups = _groups(sweeps, replacement)
     attention = attention_targets(groups, replacement)
-    looked = looks(attention, requests[0].look_share or LOOK_SHARE)
+    looked = looks(attention, requests[0].look_share or LOOK_SHARE, replacement)
     at = score_nodes(replacement, looked)
     parts = score_parts(replacement, at, looked)
     nodes = Nodes(prompt_id, model, replacement, groups, only_for_scores(groups, at, parts), logits)
@@ -117,7 +117,7 @@ def _sweeps(requests: Sequence[CircuitRequest], replacement: ReplacementModel) -
     for rule, of in threshold.items():
         roots = from_the_top(of)
         table = root_table(roots, replacement)
-        each = torch.tensor([of[root] for root in roots], dtype=table.value.dtype)
+        each = table.value.new_tensor([of[root] for root in roots])
         attribution = attribute(replacement, table, RULES[rule](each))
         leaves = _leaves(attribution, rule, each, table.value)
         sweeps.append(Sweep(rule, [of[root] for root in roots], roots, table, attribution, leaves))
@@ -146,7 +146,7 @@ def _groups(sweeps: Sequence[Sweep], replacement: ReplacementModel) -> list[Grou
 
     def leaves(kind: Kind, layer: int, site: str) -> Group:
         members = [sweep.leaves[kind, layer, site][1] for sweep in sweeps]
-        position = torch.cat(members).any(0).nonzero()[:, 0] if members else torch.zeros(0, dtype=torch.long)
+        position = torch.cat(members).any(0).nonzero()[:, 0]
         return Group(kind, layer, site, position, position)
 
     groups = [leaves(Kind.EMBEDDING, -1, ""), leaves(Kind.POSITION, -1, "")]
@@ -191,7 +191,7 @@ def _circuits(sweep: Sweep, nodes: Nodes, direct: DirectEdges, ov: OVEdges) -> I
     found = sweep.attribution
     shares = torch.stack([found.embeddings + found.biases + found.constant, found.errors, found.pruned])
     shares = (shares / sweep.table.value).T.tolist()
-    attributions, memberships = (part.double().numpy() for part in _membership(sweep, nodes.circuit))
+    attributions, memberships = (part.double().numpy(force=True) for part in _membership(sweep, nodes.circuit))
     numbers = [nodes.of_root(root) for root in sweep.roots]
     inside = np.zeros((len(nodes), len(numbers)), dtype=bool)
     inside[: nodes.n_circuit] = memberships.T

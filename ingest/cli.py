@@ -1,5 +1,6 @@
 """`atlas ingest`: prompts in, circuits stored."""
 
+import re
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,11 +24,15 @@ if TYPE_CHECKING:
 THRESHOLDS = {"support": 0.05, "relative": 0.02, "top_mass": 0.5, "paper": 0.1}
 LOGIT_THRESHOLDS = {"support": 0.01}  # where logits need another one to be faithful: docs/faithfulness.md
 
+DTYPES = ("bfloat16", "float32", "float64")
+DEVICES = ("cpu", "cuda")
+UNITS = {"MB": 10**6, "GB": 10**9}
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def model_options(command: F) -> F:
-    """The options --model, --dictionaries and --layers; the parameters of `set_up` but its dtype."""
+    """The options --model, --dictionaries and --layers: what is computed with."""
     for option in (
         click.option(
             "--layers",
@@ -52,10 +57,43 @@ def model_options(command: F) -> F:
     return command
 
 
+def parse_memory(text: str) -> int:
+    """The bytes that `6GB` or `800 MB` stands for. Raises AtlasError where it stands for none."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(MB|GB)\s*", text, re.IGNORECASE)
+    if match is None:
+        raise AtlasError(f"--memory {text!r} is no size; give one such as 6GB or 800MB.")
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+def computing_options(command: F) -> F:
+    """The options --dtype, --device and --memory: how it is computed."""
+    for option in (
+        click.option(
+            "--memory",
+            metavar="SIZE",
+            callback=lambda ctx, parameter, value: None if value is None else parse_memory(value),
+            help="Stay within SIZE, such as 6GB: open dictionaries when they are needed, and close them again.",
+        ),
+        click.option(
+            "--device", default="cpu", show_default=True, type=click.Choice(DEVICES), help="What it is computed on."
+        ),
+        click.option(
+            "--dtype",
+            default="float32",
+            show_default=True,
+            type=click.Choice(DTYPES),
+            help="What the model computes in; the rest is computed in float32 at least.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 @click.command()
 @click.argument("files", nargs=-1, metavar="FILE...")
 @click.option("--text", "texts", multiple=True, help="A prompt given here; may be repeated.")
 @model_options
+@computing_options
 @store_option
 @click.option(
     "--roots",
@@ -84,6 +122,9 @@ def ingest(
     model: str,
     dictionaries: Sequence[str],
     layers: frozenset[int] | None,
+    dtype: str,
+    device: str,
+    memory: int | None,
     store: str | None,
     roots: Sequence[str],
     rule: str,
@@ -116,10 +157,12 @@ def ingest(
         raise AtlasError(f"There is no prompt in {', '.join(files)}.")
 
     with _Display() as display:
+        import torch
+
         from ingest.job import circuit_requests, prepare_tasks, run
         from ingest.setup import set_up
 
-        setup = set_up(model, dictionaries=dictionaries, layers=layers)
+        setup = set_up(model, getattr(torch, dtype), dictionaries, layers, memory, device)
         _warn_of(setup.record.dictionaries)
         _tell_of_missing(setup)
         requests = circuit_requests(setup, roots, rule, threshold, look_share, logit_threshold)
@@ -141,6 +184,7 @@ def ingest(
 @click.command()
 @click.option("--circuit", "circuits", multiple=True, metavar="ID", help="Only this circuit; may be repeated.")
 @model_options
+@computing_options
 @store_option
 @click.option("--ablation", "kind", default="mean", show_default=True, help="Set features to: mean, zero, resample.")
 def faithfulness(
@@ -148,6 +192,9 @@ def faithfulness(
     model: str,
     dictionaries: Sequence[str],
     layers: frozenset[int] | None,
+    dtype: str,
+    device: str,
+    memory: int | None,
     store: str | None,
     kind: str,
 ) -> None:
@@ -155,6 +202,8 @@ def faithfulness(
 
     Circuits that were measured by the same ablation are left as they are, so the command can be stopped and resumed.
     """
+    import torch
+
     import atlas
     from ingest.measure_stored import measure_stored
     from ingest.setup import set_up
@@ -165,7 +214,7 @@ def faithfulness(
         atlas.connect(store, create=False) as opened,
     ):
         task = bar.add_task("Loading the model", total=None)
-        setup = set_up(model, dictionaries=dictionaries, layers=layers)
+        setup = set_up(model, getattr(torch, dtype), dictionaries, layers, memory, device)
         done = measure_stored(
             opened,
             setup,

@@ -73,7 +73,7 @@ def measure(
     start = roots[0].position
     flows: list[Flow] = []
     for root in roots[1:]:
-        index = torch.tensor([root.index, *_alike(replacement, root, frequency)])
+        index = replacement.trace.tokens.new_tensor([root.index, *_alike(replacement, root, frequency)])
         flows.append(flow(replacement, root, index, start))
     total = sum(f.value[0] for f in flows)
     return Crossing(
@@ -93,7 +93,7 @@ def flow(replacement: ReplacementModel, root: Root, index: Int[torch.Tensor, " n
     between = [found.embedding, found.position]
     between += [part for site in (*found.attn, *found.mlp) for part in (site.error, site.bias)]
     leaves = torch.stack(between)[:, :, start:stop].sum((0, 2))
-    return Flow(*(x.double().numpy() for x in (reads.value, reads.value - past, leaves)))
+    return Flow(*(x.double().numpy(force=True) for x in (reads.value, reads.value - past, leaves)))
 
 
 def feature_reads(replacement: ReplacementModel, root: Root, index: Int[torch.Tensor, " n"]) -> Roots:
@@ -107,7 +107,7 @@ def feature_reads(replacement: ReplacementModel, root: Root, index: Int[torch.Te
         on_z = replacement.attn[layer].on_z
         x = trace.z[layer, position].flatten() if on_z else trace.attn_out[layer, position]
         encoder = replacement.attn[layer].reads(encoder, torch.full_like(index, position))
-        read = torch.zeros(len(index), trace.embed.shape[1], dtype=x.dtype)
+        read = x.new_zeros(len(index), trace.embed.shape[1])
     return Roots(
         layer=(layer,) * len(index),
         site=(root.site,) * len(index),
@@ -176,5 +176,5 @@ def _shuffles(replacement: ReplacementModel, roots: Sequence[Root]) -> list[list
 def _crossed(replacement: ReplacementModel, roots: Sequence[Root]) -> float:
     """What crosses into the later roots in all."""
     start = roots[0].position
-    flows = [flow(replacement, root, torch.tensor([root.index]), start) for root in roots[1:]]
+    flows = [flow(replacement, root, replacement.trace.tokens.new_tensor([root.index]), start) for root in roots[1:]]
     return float(sum(f.crossing[0] for f in flows))

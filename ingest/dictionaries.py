@@ -14,7 +14,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +29,7 @@ from atlas.records import DictionaryRecord
 from ingest.hub import sha256
 from ingest.model import LanguageModel, finite, processing
 from ingest.registry import CONVENTIONS, convention, neuronpedia_source
+from ingest.shelf import Matrices, Shelf
 
 ACTIVATIONS = {
     "standard": "relu",
@@ -67,18 +68,17 @@ class Place:
 class Dictionary:
     """One dictionary in the common form.
 
-    Matrices that are stored in the dtype asked for are the file itself, mapped into memory and never copied: their
-    layout is that of the file, and encoder rows of single features are gathered (`encoder`). `b_in` is b_dec where
-    the SAE subtracts it from its input, else zero. `k` is TopK's, `threshold` JumpReLU's; the other is None. `mean`
-    is the mean activation of every feature over a corpus, and None where it was not measured (ingest/means.py).
-    `layer_norm` says that it normalises its input. `W_skip` is a skip transcoder's linear path, and None in all
-    others.
+    `matrices` opens W_enc and W_dec. Where they are stored in the dtype asked for they are the file itself, mapped
+    into memory and never copied: their layout is that of the file, and encoder rows of single features are gathered
+    (`encoder`). `b_in` is b_dec where the SAE subtracts it from its input, else zero. `k` is TopK's, `threshold`
+    JumpReLU's; the other is None. `mean` is the mean activation of every feature over a corpus, and None where it was
+    not measured (ingest/means.py). `layer_norm` says that it normalises its input. `W_skip` is a skip transcoder's
+    linear path, and None in all others.
     """
 
-    W_enc: Float[torch.Tensor, "d_in d_sae"]
+    matrices: Callable[[], Matrices]
     b_enc: Float[torch.Tensor, " d_sae"]
     b_in: Float[torch.Tensor, " d_in"]
-    W_dec: Float[torch.Tensor, "d_sae d_out"]
     b_dec: Float[torch.Tensor, " d_out"]
     threshold: Float[torch.Tensor, " d_sae"] | None
     k: int | None
@@ -86,6 +86,16 @@ class Dictionary:
     mean: Float[torch.Tensor, " d_sae"] | None = None
     layer_norm: bool = False
     W_skip: Float[torch.Tensor, "d_in d_out"] | None = None
+
+    @property
+    def W_enc(self) -> Float[torch.Tensor, "d_in d_sae"]:
+        """The encoder, a column a feature."""
+        return self.matrices().W_enc
+
+    @property
+    def W_dec(self) -> Float[torch.Tensor, "d_sae d_out"]:
+        """The decoder, a row a feature."""
+        return self.matrices().W_dec
 
     def pre_activations(self, x: Float[torch.Tensor, "pos d_in"]) -> Float[torch.Tensor, "pos d_sae"]:
         """p = (x - b_in) W_enc + b_enc; column-major, as the long side first is how the product is fastest."""
@@ -178,7 +188,7 @@ def write_beside(file: Path, content: bytes) -> None:
         raise AtlasError(f"{file} cannot be written: {error.strerror or error}.") from error
 
 
-def load_dictionaries(places: Sequence[Place], model: LanguageModel) -> list[Dictionary]:
+def load_dictionaries(places: Sequence[Place], model: LanguageModel, shelf: Shelf | None = None) -> list[Dictionary]:
     """A dictionary for every site of every layer of `model`: attn and mlp of each layer in turn.
 
     Where there is none stands one without features: attention stays open (METHOD 3), and what an MLP writes is
@@ -187,7 +197,7 @@ def load_dictionaries(places: Sequence[Place], model: LanguageModel) -> list[Dic
     """
     found: dict[tuple[int, str], Dictionary] = {}
     for place in places:
-        dictionary = load_dictionary(place.folder, model, place.origin)
+        dictionary = load_dictionary(place.folder, model, place.origin, shelf)
         site = (dictionary.record.layer, dictionary.record.site)
         if site in found:
             raise AtlasError(f"{place.folder} is a second dictionary for layer {site[0]} {site[1]}; keep one of them.")
@@ -196,10 +206,12 @@ def load_dictionaries(places: Sequence[Place], model: LanguageModel) -> list[Dic
     return [found.get(site) or no_features(model, *site) for site in sites]
 
 
-def load_dictionary(folder: Path, model: LanguageModel, origin: Origin | None = None) -> Dictionary:
-    """The dictionary in `folder`, in SAELens' format, checked against `model`."""
-    weights = weights_of(Place(folder, origin))
-    sae = _load_sae(folder, model.weights.W_V.dtype)
+def load_dictionary(
+    folder: Path, model: LanguageModel, origin: Origin | None = None, shelf: Shelf | None = None
+) -> Dictionary:
+    """The dictionary in `folder`, in SAELens' format, checked against `model`; `shelf` holds its matrices."""
+    weights, like = weights_of(Place(folder, origin)), model.weights.W_V
+    sae = _load_sae(folder, like)
     metadata: dict[str, Any] = sae.cfg.metadata.to_dict()
     hook_in = str(metadata.get("hook_name") or "")
     layer, site = _site(hook_in, folder)
@@ -211,7 +223,7 @@ def load_dictionary(folder: Path, model: LanguageModel, origin: Origin | None = 
         )
     if weights != "processed" and site == "mlp":
         raise AtlasError(f"{folder} is a transcoder of {weights} weights; the atlas reads those of processed weights.")
-    tensors = {name: value.detach().to(model.weights.W_V.dtype) for name, value in sae.state_dict().items()}
+    tensors = sae.state_dict()
     for name, value in tensors.items():
         if not finite(value):
             raise AtlasError(f"{folder} has NaN or infinite values in {name}; its file is damaged.")
@@ -234,37 +246,40 @@ def load_dictionary(folder: Path, model: LanguageModel, origin: Origin | None = 
         sha256=sha256(folder / "sae_weights.safetensors"),
     )
     record = replace(record, **_quality(folder, record.sha256, metadata))
-    b_dec = tensors["b_dec"]
+    shelf = shelf or Shelf()
+    shelf.take(folder, lambda: _matrices(sae))
+    # The others are copied, as a view would keep the whole file open.
+    b_dec, threshold = tensors["b_dec"].clone(), tensors.get("threshold")
     return Dictionary(
-        W_enc=tensors["W_enc"],
-        b_enc=tensors["b_enc"],
-        b_in=b_dec if sae.cfg.apply_b_dec_to_input else torch.zeros(d_in, dtype=b_dec.dtype),
-        W_dec=tensors["W_dec"],
+        matrices=lambda: shelf.take(folder, lambda: _matrices(_load_sae(folder, like))),
+        b_enc=tensors["b_enc"].clone(),
+        b_in=b_dec if sae.cfg.apply_b_dec_to_input else b_dec.new_zeros(d_in),
         b_dec=b_dec,
-        threshold=tensors.get("threshold"),
+        threshold=None if threshold is None else threshold.clone(),
         k=getattr(sae.cfg, "k", None),
         record=record,
-        mean=_mean(folder, record, b_dec.dtype),
+        mean=_mean(folder, record, like),
         layer_norm=sae.cfg.normalize_activations == "layer_norm",
-        W_skip=tensors["W_skip"].T if "W_skip" in tensors else None,
+        W_skip=tensors["W_skip"].T.clone() if "W_skip" in tensors else None,
     )
 
 
-def replacement_id(model: LanguageModel, dictionaries: list[Dictionary]) -> str:
-    """The id of a ReplacementModel: a hash of the model's and the dictionaries' bytes."""
+def replacement_id(model: LanguageModel, dictionaries: list[Dictionary], dtype: torch.dtype) -> str:
+    """The id of a ReplacementModel: a hash of the model's and the dictionaries' bytes, and of a dtype but float32."""
     parts = [model.record.id, model.record.revision, model.record.weight_processing]
+    parts += [] if dtype is torch.float32 else [str(dtype)]
     parts += [f"{d.record.id}:{d.record.sha256}" for d in dictionaries]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def _mean(folder: Path, record: DictionaryRecord, dtype: torch.dtype) -> Float[torch.Tensor, " d_sae"] | None:
+def _mean(folder: Path, record: DictionaryRecord, like: torch.Tensor) -> Float[torch.Tensor, " d_sae"] | None:
     """The feature means beside a dictionary; None where there are none, or they were taken with other weights."""
     file = folder / MEANS
     if not file.is_file():
         return None
     try:
         with safe_open(file, framework="pt") as opened:
-            measured_with, mean = (opened.metadata() or {}).get("sha256"), opened.get_tensor("mean").to(dtype)
+            measured_with, mean = (opened.metadata() or {}).get("sha256"), opened.get_tensor("mean").to(like)
     except (SafetensorError, OSError) as error:
         raise AtlasError(f"{file} holds no feature means ({cause(error)}); remove it.") from error
     if measured_with != record.sha256:
@@ -293,7 +308,7 @@ def no_features(model: LanguageModel, layer: int, site: str) -> Dictionary:
     """A dictionary without features: open attention, or an MLP of which everything is error."""
     is_open = site == "attn"
     width = model.record.n_heads * model.record.d_head if is_open else model.record.d_model
-    zeros = torch.zeros(width, dtype=model.weights.W_V.dtype)
+    zeros = model.weights.W_V.new_zeros(width)
     record = DictionaryRecord(
         id=f"{model.record.id}/{layer}/{site}/" + ("open" if is_open else "none"),
         layer=layer,
@@ -309,7 +324,7 @@ def no_features(model: LanguageModel, layer: int, site: str) -> Dictionary:
         sha256="none",
     )
     empty = zeros.new_zeros(0, len(zeros))
-    return Dictionary(empty.T, empty[:, 0], zeros, empty, zeros, None, None, record, mean=empty[:, 0])
+    return Dictionary(lambda: Matrices(empty.T, empty), empty[:, 0], zeros, zeros, None, None, record, mean=empty[:, 0])
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -335,13 +350,18 @@ def _check_kind(folder: Path, sae: Any, site: str) -> str:
     return architecture
 
 
-def _load_sae(folder: Path, dtype: torch.dtype) -> Any:
+def _matrices(sae: Any) -> Matrices:
+    return Matrices(sae.W_enc.detach(), sae.W_dec.detach())
+
+
+def _load_sae(folder: Path, like: torch.Tensor) -> Any:
+    """SAELens' object in the dtype and on the device of `like`: the file itself, mapped, where that is the file's."""
     from sae_lens import SAE
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            sae: Any = SAE.load_from_disk(folder, dtype="float64" if dtype is torch.float64 else "float32")
+            sae: Any = SAE.load_from_disk(folder, str(like.device), str(like.dtype).removeprefix("torch."))
     except Exception as error:
         raise AtlasError(f"{folder} is no dictionary in SAELens' format ({cause(error)}).") from error
     if sae.cfg.architecture() == "topk" and sae.cfg.rescale_acts_by_decoder_norm:

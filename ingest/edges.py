@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float, Int
 
 from atlas.records import DirectEdges, OVEdges
-from ingest.replacement import ReplacementModel, centre
+from ingest.replacement import ReplacementModel, centre, nonzero
 
 SHARE = 0.02
 BLOCK = 8  # positions whose direct edges are computed at once
@@ -67,8 +67,8 @@ def depth_of(layer: int, site: str) -> int:
 
 def direct_edges(sources: Sources, targets: Targets) -> DirectEdges:
     """The DIRECT edges that are strong enough to store; a few positions at a time, as edges stay at theirs."""
-    none = torch.zeros(0, dtype=torch.long)
-    parts = [(none, none, torch.zeros(0, dtype=torch.double))]
+    none = sources.node[:0]
+    parts = [(none, none, none.double())]
     source_block, target_block = sources.position // BLOCK, targets.position // BLOCK
     for block in target_block.unique():
         s, t = (source_block == block).nonzero()[:, 0], (target_block == block).nonzero()[:, 0]
@@ -77,7 +77,7 @@ def direct_edges(sources: Sources, targets: Targets) -> DirectEdges:
         strong = upstream & (weight.abs() >= SHARE * targets.value[t].abs()[:, None])
         target, source = strong.nonzero(as_tuple=True)
         parts.append((sources.node[s[source]], targets.node[t[target]], weight[target, source].double()))
-    return DirectEdges(*(torch.cat(column).numpy() for column in zip(*parts, strict=True)))
+    return DirectEdges(*(torch.cat(column).numpy(force=True) for column in zip(*parts, strict=True)))
 
 
 def ov_edges(sources: Sources, targets: AttentionTargets, model: ReplacementModel) -> OVEdges:
@@ -88,15 +88,15 @@ def ov_edges(sources: Sources, targets: AttentionTargets, model: ReplacementMode
     resid = sources.write[:below] / model.trace.sigma_pre[layer][position, None]
     pattern = model.trace.pattern[layer].index_select(1, targets.position).index_select(2, position)
     weight = _through_heads(resid, targets.z_read, model.weights.W_V[layer]) * pattern
-    strong = np.flatnonzero(weight.abs() >= SHARE * targets.value[:, None])
-    head, target, source = np.unravel_index(strong, weight.shape)
+    strong = nonzero(weight.abs() >= SHARE * targets.value[:, None])
+    head, target, source = strong
     return OVEdges(
-        source=sources.node.numpy()[source],
-        target=targets.node.numpy()[target],
-        layer=np.full(len(strong), layer, dtype=np.int64),
-        head=head,
-        weight=weight.numpy().take(strong).astype(np.float64),
-        pattern=pattern.numpy().take(strong).astype(np.float64),
+        source=sources.node[source].numpy(force=True),
+        target=targets.node[target].numpy(force=True),
+        layer=np.full(len(head), layer, dtype=np.int64),
+        head=head.numpy(force=True),
+        weight=weight[strong].double().numpy(force=True),
+        pattern=pattern[strong].double().numpy(force=True),
     )
 
 

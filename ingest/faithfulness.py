@@ -89,9 +89,11 @@ def ablation(setup: Setup, kind: str, texts: Sequence[Sequence[int]] = ()) -> Ab
         raise AtlasError(f"There is no ablation {kind!r}; there are {', '.join(KINDS)}.")
     if not texts:
         raise AtlasError("Resampling needs other prompts to draw from, and there are none; ablate to the mean instead.")
-    found = [activations(setup.model, setup.dictionaries, torch.tensor([list(tokens)])) for tokens in texts]
+    found = [
+        activations(setup.model, setup.dictionaries, torch.tensor([list(tokens)], device="cpu")) for tokens in texts
+    ]
     stacked = [torch.cat(parts) for parts in zip(*found, strict=True)]
-    chosen = torch.randperm(len(stacked[0]), generator=torch.Generator().manual_seed(0))[:RESAMPLED]
+    chosen = torch.randperm(len(stacked[0]), generator=torch.Generator().manual_seed(0), device="cpu")[:RESAMPLED]
     return Ablation(kind, tuple(part[chosen] for part in stacked))
 
 
@@ -103,14 +105,14 @@ def measured(setup: Setup, replacement: ReplacementModel, record: PromptRecord, 
         if circuit.shares is None:
             nodes = [record.nodes[i] for i in circuit.members.tolist()]
             rows = [(number[n.dictionary], n.position, n.index) for n in nodes if n.dictionary is not None]
-            claims.append(Claim(circuit.id, root_of(circuit.id), as_features(rows)))
+            claims.append(Claim(circuit.id, root_of(circuit.id), as_features(setup, rows)))
     found = dict(zip((claim.id for claim in claims), measure(setup, replacement, claims, by), strict=True))
     return replace(record, circuits=tuple(replace(c, shares=found.get(c.id, c.shares)) for c in record.circuits))
 
 
-def as_features(rows: Sequence[tuple[int, int, int | None]]) -> Features:
+def as_features(setup: Setup, rows: Sequence[tuple[int, int, int | None]]) -> Features:
     """Rows of (site, position, index) as a table."""
-    return torch.tensor(rows, dtype=torch.long).view(-1, 3)
+    return torch.tensor(rows, dtype=torch.long, device=setup.model.device).view(-1, 3)
 
 
 def root_of(circuit: str) -> Root:
@@ -200,15 +202,19 @@ class _Batch:
         self.setup, self.by, self.pre_activations = setup, by, pre_activations
         self.root = chosen[0].root
         self.roots = [intervention.root for intervention in chosen]
-        self.position = torch.tensor([root.position for root in self.roots])
-        self.outside = torch.tensor([intervention.outside for intervention in chosen])
-        self.tokens = torch.tensor([list(tokens[: int(self.position.max()) + 1])] * len(chosen))
-        variant = torch.arange(len(chosen)).repeat_interleave(torch.tensor([len(i.features) for i in chosen]))
         features = torch.cat([intervention.features for intervention in chosen])
+        self.position = features.new_tensor([root.position for root in self.roots])
+        self.outside = features.new_tensor([intervention.outside for intervention in chosen]).bool()
+        self.tokens = features.new_tensor([list(tokens[: int(self.position.max()) + 1])] * len(chosen))
+        lengths = features.new_tensor([len(intervention.features) for intervention in chosen])
+        variant = self._arange(len(chosen)).repeat_interleave(lengths)
         read = features[:, 1] < self.tokens.shape[1]
         self.variant, self.features = variant[read], features[read]
-        self.draws = _draws(chosen, self.tokens.shape[1], len(by.fill[0]))
+        self.draws = _draws(chosen, self.tokens.shape[1], len(by.fill[0])).to(self.tokens.device)
         self.value: torch.Tensor | None = None
+
+    def _arange(self, n: int) -> Int[torch.Tensor, " n"]:
+        return torch.arange(n, device=self.position.device)
 
     def run(self) -> Float[torch.Tensor, " variant"]:
         """The roots' values."""
@@ -236,11 +242,11 @@ class _Batch:
 
     def _edited(self, site: int, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """`out` with the ablated features of a site replaced; both [variant, pos, ...]."""
-        x, edited = x.flatten(2), out.flatten(2).clone()
+        x, edited = x.flatten(2).to(self.by.fill[site]), out.flatten(2).clone()
         variant, position = self._rows(site).nonzero(as_tuple=True)
         size = max(1, CELLS // self.setup.dictionaries[site].record.d_sae)
         for rows in zip(variant.split(size), position.split(size), strict=True):
-            edited[rows] += self._change(site, x[rows], *rows)
+            edited[rows] += self._change(site, x[rows], *rows).to(edited)
         return edited.view_as(out)
 
     def _rows(self, site: int) -> Bool[torch.Tensor, "variant pos"]:
@@ -250,7 +256,7 @@ class _Batch:
         some[self.variant[mine], self.features[mine, 1]] = True
         layer = self.setup.dictionaries[site].record.layer
         top = min(self.root.layer, self.setup.model.record.n_layers - 1)
-        return some & _within(torch.arange(some.shape[1]), self.position[:, None], torch.tensor(layer < top))
+        return some & _within(self._arange(some.shape[1]), self.position[:, None], layer < top)
 
     def _change(
         self,
@@ -262,8 +268,8 @@ class _Batch:
         """sum over ablated i of (fill_i - a_i) dec_i."""
         dictionary, fill = self.setup.dictionaries[site], self.by.fill[site]
         a = dictionary.activations(x)
-        row = torch.full(self.tokens.shape, -1)
-        row[variant, position] = torch.arange(len(x))
+        row = torch.full_like(self.tokens, -1)
+        row[variant, position] = self._arange(len(x))
         own = self.features[:, 0] == site
         of_row = row[self.variant[own], self.features[own, 1]]
         inside = torch.zeros_like(a, dtype=torch.bool)
@@ -283,16 +289,17 @@ class _Batch:
         return next(d for d in self.setup.dictionaries if (d.record.layer, d.record.site) == at)
 
     def _read(self, value: torch.Tensor, hook: object) -> None:
-        x = value.flatten(2)[torch.arange(len(value)), self.position]
-        index = torch.tensor([root.index for root in self.roots])
+        each = self._arange(len(value))
+        x = value.flatten(2)[each, self.position].to(self.by.fill[0])
+        index = self.position.new_tensor([root.index for root in self.roots])
         if self.root.site == "logit":
             self.value = self._logits(x, index)
             versus = [i for i, root in enumerate(self.roots) if root.versus is not None]
-            self.value[versus] -= self._logits(x[versus], torch.tensor([self.roots[i].versus for i in versus]).long())
+            self.value[versus] -= self._logits(x[versus], index.new_tensor([self.roots[i].versus for i in versus]))
         else:
             d = self._dictionary()
             values = d.pre_activations(x) if self.pre_activations else d.activations(x)
-            self.value = values[torch.arange(len(x)), index]
+            self.value = values[each, index]
         raise _Read
 
     def _logits(self, x: Float[torch.Tensor, "n d_model"], token: Int[torch.Tensor, " n"]) -> Float[torch.Tensor, " n"]:
@@ -309,7 +316,9 @@ def _at_its_layer(setup: Setup, root: Root) -> Root:
 
 
 def _within(
-    position: Int[torch.Tensor, "*n"], root_position: Int[torch.Tensor, "*m"], below: Bool[torch.Tensor, "*k"]
+    position: Int[torch.Tensor, "*n"],
+    root_position: Int[torch.Tensor, "*m"] | int,
+    below: Bool[torch.Tensor, "*k"] | bool,
 ) -> Bool[torch.Tensor, "*r"]:
     """Which positions of a site can reach a root: with attention above the site (`below`) all up to the root's."""
     return (position > 0) & (position <= root_position) & ((position == root_position) | below)
@@ -318,10 +327,10 @@ def _within(
 def _reaches(setup: Setup, features: Features, root: Root) -> Bool[torch.Tensor, " n"]:
     """Which features can change the root."""
     site, position, _ = features.T
-    layers = torch.tensor([dictionary.record.layer for dictionary in setup.dictionaries])[site]
-    depths = torch.tensor([_depth(dictionary) for dictionary in setup.dictionaries])[site]
+    layers = features.new_tensor([dictionary.record.layer for dictionary in setup.dictionaries])[site]
+    depths = features.new_tensor([_depth(dictionary) for dictionary in setup.dictionaries])[site]
     top = min(root.layer, setup.model.record.n_layers - 1)
-    return _within(position, torch.tensor(root.position), layers < top) & (depths < depth_of(root.layer, root.site))
+    return _within(position, root.position, layers < top) & (depths < depth_of(root.layer, root.site))
 
 
 def _active(setup: Setup, replacement: ReplacementModel) -> Features:
@@ -348,9 +357,12 @@ def _direct(
 def _random_sets(own: Features, active: Features, seed: int) -> Iterator[Features]:
     """`DRAWS` sets of active features, as many at each site as the circuit has."""
     rng = np.random.default_rng(seed)
-    site = active[:, 0].numpy()
+    site = active[:, 0].numpy(force=True)
     n_sites = int(max(site.max(initial=0), own[:, 0].max() if len(own) else 0)) + 1
-    wanted, first = np.bincount(own[:, 0].numpy(), minlength=n_sites), np.searchsorted(site, np.arange(n_sites))
+    wanted, first = (
+        np.bincount(own[:, 0].numpy(force=True), minlength=n_sites),
+        np.searchsorted(site, np.arange(n_sites)),
+    )
     for _ in range(DRAWS):
         order = np.lexsort((rng.random(len(site)), site))
         chosen = order[np.arange(len(site)) - first[site] < wanted[site]]
@@ -359,10 +371,11 @@ def _random_sets(own: Features, active: Features, seed: int) -> Iterator[Feature
 
 def _draws(chosen: Sequence[Intervention], n_pos: int, n_choices: int) -> Int[torch.Tensor, "variant pos"]:
     """Which row of the fill each position of each variant takes; its own seed decides, not the batch."""
-    draws = torch.zeros(len(chosen), n_pos, dtype=torch.long)
+    draws = torch.zeros(len(chosen), n_pos, dtype=torch.long, device="cpu")
     if n_choices > 1:
         for row, intervention in zip(draws, chosen, strict=True):
-            row[:] = torch.randint(n_choices, (n_pos,), generator=torch.Generator().manual_seed(intervention.seed))
+            generator = torch.Generator().manual_seed(intervention.seed)
+            row[:] = torch.randint(n_choices, (n_pos,), generator=generator, device="cpu")
     return draws
 
 

@@ -21,10 +21,10 @@ from ingest.replacement import ReplacementModel
 def firings(replacement: ReplacementModel) -> Firings:
     """Every feature that is active after BOS, in the order of the layers, attention before MLP, and by index."""
     sites = [site for pair in zip(replacement.attn, replacement.mlp, strict=True) for site in pair]
-    position = torch.cat([site.position[site.counts[0] :] for site in sites]).numpy()
-    index = torch.cat([site.index[site.counts[0] :] for site in sites]).numpy()
-    value = torch.cat([site.value[site.counts[0] :] for site in sites]).double().numpy()
-    widths = [len(site.dictionary.W_dec) for site in sites]
+    position = torch.cat([site.position[site.counts[0] :] for site in sites]).numpy(force=True)
+    index = torch.cat([site.index[site.counts[0] :] for site in sites]).numpy(force=True)
+    value = torch.cat([site.value[site.counts[0] :] for site in sites]).double().numpy(force=True)
+    widths = [site.dictionary.record.d_sae for site in sites]
     first = np.cumsum([0, *widths])  # features of all dictionaries are numbered through
     feature = index + np.repeat(first[:-1], [len(site.index) - site.counts[0] for site in sites])
     order = np.argsort(feature * len(replacement.trace.tokens) + position)

@@ -36,7 +36,7 @@ def attention_targets(groups: Sequence[Group], replacement: ReplacementModel) ->
     """The attention features of a prompt's circuits, whose `groups` are the first to be numbered."""
     first = np.cumsum([0, *(len(group.place) for group in groups)])
     return [
-        _attention(group, torch.arange(first[i], first[i + 1]), replacement)
+        _attention(group, torch.arange(first[i], first[i + 1], device=group.place.device), replacement)
         for i, group in enumerate(groups)
         if group.site == "attn" and group.of_features and len(group.place)
     ]
@@ -55,18 +55,20 @@ def linear_edges(
         ov = _concatenate([ov_edges(sources, at, nodes.replacement) for at in attention])
     unstored = np.zeros(len(nodes))
     for i in range(len(nodes.circuit), len(nodes.groups)):
-        unstored[nodes.numbers(i)] = _reaching(nodes, nodes.groups[i])
-    unstored[targets.node] = incoming_direct(targets, _streams(nodes))
+        unstored[nodes.numbers(i).numpy(force=True)] = _reaching(nodes, nodes.groups[i]).numpy(force=True)
+    unstored[targets.node.numpy(force=True)] = incoming_direct(targets, _streams(nodes)).numpy(force=True)
     for at in attention:
-        unstored[at.node] = at.incoming.sum((1, 2))
+        unstored[at.node.numpy(force=True)] = at.incoming.sum((1, 2)).numpy(force=True)
     unstored -= np.bincount(direct.target, direct.weight, len(nodes))
     unstored -= np.bincount(ov.target, ov.weight, len(nodes))
     return direct, ov, unstored
 
 
-def looks(attention: Sequence[AttentionTargets], look_share: float) -> Int[torch.Tensor, "score 4"]:
+def looks(
+    attention: Sequence[AttentionTargets], look_share: float, replacement: ReplacementModel
+) -> Int[torch.Tensor, "score 4"]:
     """(layer, head, query, key) of every score that is taken apart, each once."""
-    found = [torch.zeros(0, 4, dtype=torch.long)]
+    found = [replacement.trace.tokens.new_zeros(0, 4)]
     for targets in attention:
         share = targets.incoming / targets.value[:, None, None]
         target, head, key = (share.abs() >= look_share).nonzero(as_tuple=True)
@@ -101,7 +103,7 @@ def qk_edges(nodes: Nodes, at: ScoreNodes, parts: ScoreParts) -> tuple[Attention
 def _reaching(nodes: Nodes, group: Group) -> Float[torch.Tensor, " n"]:
     """What reaches the nodes of a group, by their own value: nothing, or a pre-activation less its constant."""
     if not group.of_features:
-        return torch.zeros(len(group.place))
+        return nodes.replacement.trace.embed.new_zeros(len(group.place))
     index, value = nodes.features(group)
     return value - nodes.replacement.constants(group.layer, group.site, index, group.position)
 
@@ -109,7 +111,7 @@ def _reaching(nodes: Nodes, group: Group) -> Float[torch.Tensor, " n"]:
 def _sources(nodes: Nodes) -> Sources:
     groups = nodes.circuit
     return Sources(
-        node=torch.arange(nodes.n_circuit),
+        node=nodes.arange(0, nodes.n_circuit),
         depth=torch.cat([torch.full_like(g.position, depth_of(g.layer, g.site)) for g in groups]),
         position=torch.cat([g.position for g in groups]),
         write=torch.cat([nodes.write(g) for g in groups]),

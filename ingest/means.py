@@ -57,8 +57,9 @@ def activations(
 ) -> list[Float[torch.Tensor, "token d_sae"]]:
     """What each dictionary's features are on windows that begin with BOS, which is left out."""
     wanted = {dictionary.record.hook_in for dictionary in dictionaries}
-    _, cache = model.bridge.run_with_cache(windows, names_filter=lambda name: name in wanted)
-    return [d.activations(cache[d.record.hook_in][:, 1:].flatten(0, 1).flatten(1)) for d in dictionaries]
+    _, cache = model.bridge.run_with_cache(windows.to(model.device), names_filter=lambda name: name in wanted)
+    read = [cache[d.record.hook_in][:, 1:].flatten(0, 1).flatten(1).to(d.b_enc) for d in dictionaries]
+    return [d.activations(x) for d, x in zip(dictionaries, read, strict=True)]
 
 
 def feature_means(
@@ -68,7 +69,7 @@ def feature_means(
     progress: Callable[[int], None],
 ) -> list[Float[torch.Tensor, " d_sae"]]:
     """The means of every dictionary's features; `progress` is told how many windows each step took."""
-    total = [torch.zeros(d.record.d_sae, dtype=torch.float64) for d in dictionaries]
+    total = [torch.zeros_like(d.b_enc, dtype=torch.float64) for d in dictionaries]
     for batch in windows.split(max(1, BATCH // windows.shape[1])):
         found = activations(model, dictionaries, batch)
         total = [before + a.sum(0, dtype=torch.float64) for before, a in zip(total, found, strict=True)]

@@ -71,6 +71,8 @@ def measure_stored(
 def _claims(setup: Setup, stored: Iterable[StoredCircuit]) -> list[Claim]:
     number = {(d.record.layer, d.record.site): site for site, d in enumerate(setup.dictionaries)}
     return [
-        Claim(c.id, root_of(c.id), as_features([(number[layer, site], t, i) for layer, site, t, i in c.features]))
+        Claim(
+            c.id, root_of(c.id), as_features(setup, [(number[layer, site], t, i) for layer, site, t, i in c.features])
+        )
         for c in stored
     ]

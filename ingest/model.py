@@ -7,8 +7,6 @@ other weights, the steps that would move what they read are left out (CONVENTION
 norms are folded always, which moves nothing but what stands inside of them.
 """
 
-import contextlib
-import io
 import json
 import logging
 import re
@@ -36,7 +34,7 @@ FILES = ("config.json", WEIGHTS, "tokenizer.json")
 
 @dataclass(frozen=True)
 class Weights:
-    """The processed weights that attribution needs, named and shaped as in TransformerLens.
+    """The processed weights that attribution needs, named and shaped as in TransformerLens; float32 or float64.
 
     `attn_scale` is what each layer multiplies q . k by: 1 / sqrt(d_head), over the layer's number where the
     model scales so.
@@ -63,6 +61,11 @@ class LanguageModel:
     tokenizer: Any
     weights: Weights
     record: ModelRecord
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model, its dictionaries and all that is computed with them are."""
+        return self.weights.W_V.device
 
     @property
     def bos(self) -> int:
@@ -100,20 +103,24 @@ class LanguageModel:
         return self.text([token])
 
 
-def load_model(name: str, dtype: torch.dtype = torch.float32, weights: str = "processed") -> LanguageModel:
+def load_model(
+    name: str, dtype: torch.dtype = torch.float32, weights: str = "processed", device: str = "cpu"
+) -> LanguageModel:
     """The model called `mini`, in the directory `name`, or on the hub (NAME or NAME@REVISION).
 
-    `weights` is one of CONVENTIONS. Raises AtlasError when there is no such model, when it is not of GPT-2's
-    architecture, or when a weight is not a finite number.
+    It computes in `dtype` on `device` (cpu or cuda); what is attributed of what it computed is float32 at least.
+    `weights` is one of CONVENTIONS. Raises AtlasError when there is no such model or device, when the model is not of
+    GPT-2's architecture, or when a weight is not a finite number.
     """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise AtlasError("--device cuda: PyTorch finds no GPU that it can use here; leave the option out.")
     directory, id, revision = _locate(name)
     _check_directory(name, directory)
     steps = processing(weights)
     # Processed in the dtype asked for only where that is the more precise one.
-    bridge = _boot(name, directory, steps.split(","), torch.promote_types(dtype, torch.float32))
-    if dtype not in (torch.float32, torch.float64):
-        with contextlib.redirect_stdout(io.StringIO()):
-            bridge = bridge.to(dtype)
+    exact = torch.promote_types(dtype, torch.float32)
+    bridge = _boot(name, directory, steps.split(","), exact)
+    bridge = bridge.to(device, dtype, print_details=False)
     for parameter_name, parameter in bridge.named_parameters():
         if not finite(parameter):
             raise AtlasError(f"Model {name!r} has NaN or infinite values in {parameter_name}; its file is damaged.")
@@ -129,7 +136,7 @@ def load_model(name: str, dtype: torch.dtype = torch.float32, weights: str = "pr
         revision=revision,
         weight_processing=steps,
     )
-    return LanguageModel(bridge, bridge.tokenizer, _weights(bridge), record)
+    return LanguageModel(bridge, bridge.tokenizer, _weights(bridge, exact), record)
 
 
 def finite(value: torch.Tensor) -> bool:
@@ -199,8 +206,8 @@ def _boot(name: str, directory: Path, steps: Sequence[str], dtype: torch.dtype) 
     return bridge
 
 
-def _weights(bridge: Any) -> Weights:
+def _weights(bridge: Any, dtype: torch.dtype) -> Weights:
     names = ("W_Q", "b_Q", "W_K", "b_K", "W_V", "b_V", "W_O", "b_O", "W_U", "b_U")
     by_layer = getattr(bridge.cfg, "scale_attn_by_inverse_layer_idx", False)
     scale = tuple(bridge.cfg.d_head**-0.5 / (layer + 1 if by_layer else 1) for layer in range(bridge.cfg.n_layers))
-    return Weights(attn_scale=scale, **{name: getattr(bridge, name).detach() for name in names})
+    return Weights(attn_scale=scale, **{name: getattr(bridge, name).detach().to(dtype) for name in names})

@@ -70,12 +70,16 @@ class Nodes:
 
     def numbers(self, i: int) -> Int[torch.Tensor, " n"]:
         """The numbers of group `i`."""
-        return torch.arange(self.first[i], self.first[i + 1])
+        return self.arange(int(self.first[i]), int(self.first[i + 1]))
 
     @property
     def logit_numbers(self) -> Int[torch.Tensor, " logit"]:
         """The numbers of the logits."""
-        return torch.arange(self.n_groups, len(self))
+        return self.arange(self.n_groups, len(self))
+
+    def arange(self, start: int, end: int) -> Int[torch.Tensor, " n"]:
+        """Numbers in a row."""
+        return torch.arange(start, end, device=self.model.device)
 
     def of_root(self, root: Root) -> int:
         """The number of a root."""

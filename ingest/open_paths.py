@@ -18,8 +18,8 @@ embeddings, which are moved once for all rows instead.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 
@@ -38,9 +38,9 @@ def open_edges(
     n_heads = model.weights.W_V.shape[1]
     per_head = [_per_head(at) for at in attention]
     every = Targets(*(torch.cat(c) for c in zip(*(vars(t).values() for t in (targets, *per_head)), strict=True)))
-    head = torch.arange(len(every.node) - len(targets.node)) % n_heads
+    head = torch.arange(len(every.node) - len(targets.node), device=every.node.device) % n_heads
     sources = in_order(sources)
-    none = torch.zeros(0, dtype=torch.long)
+    none = sources.node[:0]
     found = [(none, none, none.double())]
     for rows, weight in edge_rows(sources, every, model):
         strong = (weight.abs() >= edges.SHARE * every.value[rows, None].abs()) & (weight != 0)
@@ -49,25 +49,36 @@ def open_edges(
     row, source, weight = (torch.cat(column) for column in zip(*found, strict=True))
     reading = row < len(targets.node)
     direct = DirectEdges(
-        sources.node[source[reading]].numpy(), every.node[row[reading]].numpy(), weight[reading].numpy()
+        *(
+            column.numpy(force=True)
+            for column in (sources.node[source[reading]], every.node[row[reading]], weight[reading])
+        )
     )
     row, source = row[~reading], source[~reading]
     head, layer = head[row - len(targets.node)], every.depth[row] // 2
     ov = OVEdges(
-        source=sources.node[source].numpy(),
-        target=every.node[row].numpy(),
-        layer=layer.numpy(),
-        head=head.numpy(),
-        weight=weight[~reading].numpy(),
-        pattern=model.trace.pattern[layer, head, every.position[row], sources.position[source]].double().numpy(),
+        source=sources.node[source].numpy(force=True),
+        target=every.node[row].numpy(force=True),
+        layer=layer.numpy(force=True),
+        head=head.numpy(force=True),
+        weight=weight[~reading].numpy(force=True),
+        pattern=model.trace.pattern[layer, head, every.position[row], sources.position[source]]
+        .double()
+        .numpy(force=True),
     )
     return direct, ov
 
 
 def in_order(sources: Sources) -> Sources:
     """The sources by depth, and of one depth by position."""
-    order = np.lexsort((sources.position.numpy(), sources.depth.numpy()))
+    order = _lexsort(sources.position, sources.depth)
     return Sources(*(column[order] for column in vars(sources).values()))
+
+
+def _lexsort(second: Int[torch.Tensor, " n"], first: Int[torch.Tensor, " n"]) -> Int[torch.Tensor, " n"]:
+    """The order by `first`, and of what is alike in it by `second`."""
+    order = second.argsort(stable=True)
+    return order[first[order].argsort(stable=True)]
 
 
 def edge_rows(
@@ -78,7 +89,7 @@ def edge_rows(
     `sources` are `in_order`. `targets` at an even depth are attention features, which read z.
     """
     carry = _Carry(sources, model)
-    order = torch.from_numpy(np.lexsort((-targets.depth.numpy(), targets.position.numpy())))
+    order = _lexsort(-targets.depth, targets.position)
     for block in order.split(BLOCK):
         rows = block[targets.depth[block].argsort(descending=True, stable=True)]
         yield rows, carry.down(targets.depth[rows], targets.position[rows], targets.read[rows])
@@ -108,14 +119,15 @@ class _Carry:
         weight = read.new_zeros(len(read), len(self.sources.node))
         begun = [int((depth >= d).sum()) for d in range(2 * model.n_layers + 1)]  # at depth d or above
         start, spread = begun[-1], 0  # the first `spread` rows may be anywhere, the others at their positions only
-        g[torch.arange(start), position[:start]] = read[:start]
+        arange = partial(torch.arange, device=position.device)
+        g[arange(start), position[:start]] = read[:start]
         for layer in reversed(range(model.n_layers)):
             mlp, attn = depth_of(layer, "mlp"), depth_of(layer, "attn")
             before, reading, after = begun[mlp + 1], begun[mlp], begun[attn]
             self._meet(mlp, g[:before], weight)
             if (W_skip := model.mlp[layer].dictionary.W_skip) is not None:
                 g[:before] += centre(g[:before] @ W_skip.T) / model.trace.sigma_mid[layer, :n_pos, None]
-            new = torch.arange(before, reading)
+            new = arange(before, reading)
             g[new, position[new]] = read[new]
             self._meet(attn, g[:reading], weight)
             is_open = model.attn[layer].dictionary.is_open
@@ -124,11 +136,11 @@ class _Carry:
                     weight[:, : len(moved)].addmm_(g[:, t], moved.T)
             elif is_open:
                 self._pass(layer, g[:spread])
-                rows = torch.arange(spread, reading)
+                rows = arange(spread, reading)
                 g[rows] += self._first_pass(layer, g[rows, position[rows]] @ model.W_O(layer).T, position[rows], n_pos)
                 spread = reading
             elif after > reading:
-                rows = torch.arange(reading, after)
+                rows = arange(reading, after)
                 g[rows] = self._first_pass(layer, read[rows], position[rows], n_pos)
                 spread = after
         self._meet(-1, g, weight)
@@ -174,7 +186,7 @@ def _per_head(at: AttentionTargets) -> Targets:
     """Attention features as one target per head, each reading that head's part of z."""
     n, n_heads, d_head = at.z_read.shape
     read = at.z_read.new_zeros(n, n_heads, n_heads, d_head)
-    every = torch.arange(n_heads)
+    every = torch.arange(n_heads, device=read.device)
     read[:, every, every] = at.z_read
 
     def each(column: torch.Tensor) -> torch.Tensor:
@@ -182,7 +194,7 @@ def _per_head(at: AttentionTargets) -> Targets:
 
     return Targets(
         node=each(at.node),
-        depth=torch.full((n * n_heads,), depth_of(at.layer, "attn")),
+        depth=at.node.new_full((n * n_heads,), depth_of(at.layer, "attn")),
         position=each(at.position),
         read=read.flatten(0, 1).flatten(1),
         value=each(at.value),

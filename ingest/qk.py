@@ -35,6 +35,7 @@ How to call it, once per prompt:
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -156,7 +157,8 @@ class _Pairs:
 def score_nodes(model: ReplacementModel, looks: Int[torch.Tensor, "score 4"]) -> ScoreNodes:
     """The nodes below all `looks` [layer, head, query, key], at their queries and keys."""
     n_pos = len(model.trace.embed)
-    positions = torch.arange(n_pos)
+    arange = partial(torch.arange, device=looks.device)
+    positions = arange(n_pos)
     top = looks.new_full((n_pos,), -1)
     for end in looks[:, 2:].T:
         top.scatter_reduce_(0, end, looks[:, 0], "amax")
@@ -164,15 +166,15 @@ def score_nodes(model: ReplacementModel, looks: Int[torch.Tensor, "score 4"]) ->
     writers = list(_writers(model, top))
     position = torch.cat([w.position for w in writers])
     order = position.argsort(stable=True)
-    group = torch.arange(len(writers)).repeat_interleave(torch.tensor([len(w.place) for w in writers]))
-    depth = torch.tensor([w.key[1] for w in writers])[group]
+    group = arange(len(writers)).repeat_interleave(looks.new_tensor([len(w.place) for w in writers]))
+    depth = looks.new_tensor([w.key[1] for w in writers])[group]
     below = [position[depth < layer].bincount(minlength=n_pos) for layer in range(n_layers)]
     counts = position.bincount(minlength=n_pos)
-    before = torch.tensor([0, *(len(w.direction) for w in writers)]).cumsum(0)
+    before = looks.new_tensor([0, *(len(w.direction) for w in writers)]).cumsum(0)
     of = torch.cat([w.of for w in writers]) + before[group]
     return ScoreNodes(
         groups=(*(w.key for w in writers), *((Kind.BIAS, i, side) for i in range(n_layers) for side in ("q", "k"))),
-        group=torch.cat([group[order], len(writers) + torch.arange(2 * n_layers).repeat_interleave(n_pos)]),
+        group=torch.cat([group[order], len(writers) + arange(2 * n_layers).repeat_interleave(n_pos)]),
         position=torch.cat([position[order], positions.repeat(2 * n_layers)]),
         place=torch.cat([torch.cat([w.place for w in writers])[order], positions.repeat(2 * n_layers)]),
         direction=torch.cat([w.direction for w in writers]),
@@ -180,7 +182,7 @@ def score_nodes(model: ReplacementModel, looks: Int[torch.Tensor, "score 4"]) ->
         value=torch.cat([w.value for w in writers])[order],
         first=counts.cumsum(0) - counts,
         below=torch.stack(below),
-        bias=len(order) + n_pos * torch.arange(2 * n_layers).view(n_layers, 2),
+        bias=len(order) + n_pos * arange(2 * n_layers).view(n_layers, 2),
     )
 
 
@@ -188,7 +190,7 @@ def score_nodes(model: ReplacementModel, looks: Int[torch.Tensor, "score 4"]) ->
 def score_parts(model: ReplacementModel, nodes: ScoreNodes, looks: Int[torch.Tensor, "score 4"]) -> ScoreParts:
     """Take apart the scores at `looks` [layer, head, query, key], key <= query, each given once."""
     layer, head, query, key = looks.T
-    score = torch.zeros(len(looks), dtype=torch.float64)
+    score = looks.new_zeros(len(looks), dtype=torch.float64)
     unstored = torch.zeros_like(score)
     none = looks[:0, 0]
     found: list[tuple[torch.Tensor, ...]] = [(none, none, none, score[:0], score[:0])]
@@ -207,18 +209,17 @@ def score_parts(model: ReplacementModel, nodes: ScoreNodes, looks: Int[torch.Ten
 
 def score_records(parts: ScoreParts, number: Int[torch.Tensor, " node"]) -> tuple[AttentionScores, QKEdges]:
     """As they are stored; `number` gives each node that the pairs need its place in the prompt's list."""
-    layer, head, query, key = (column.numpy() for column in parts.looks.T)
-    of = parts.of.numpy()
-    scores = AttentionScores(
-        layer, head, query, key, parts.score.numpy(), parts.pattern.numpy(), parts.unstored.numpy()
-    )
+    layer, head, query, key = (column.numpy(force=True) for column in parts.looks.T)
+    of = parts.of.numpy(force=True)
+    values = (column.numpy(force=True) for column in (parts.score, parts.pattern, parts.unstored))
+    scores = AttentionScores(layer, head, query, key, *values)
     edges = QKEdges(
-        source=number[parts.key_node].numpy(),
-        target=number[parts.query_node].numpy(),
+        source=number[parts.key_node].numpy(force=True),
+        target=number[parts.query_node].numpy(force=True),
         layer=layer[of],
         head=head[of],
-        score=parts.qk.numpy(),
-        lift=parts.lift.numpy(),
+        score=parts.qk.numpy(force=True),
+        lift=parts.lift.numpy(force=True),
     )
     return scores, edges
 
@@ -230,8 +231,8 @@ def _writers(model: ReplacementModel, top: Int[torch.Tensor, " pos"]) -> Iterato
         return _Writers(key, at, at, direction, of, direction.new_ones(len(at)))
 
     at = (top >= 0).nonzero()[:, 0]
-    yield one_each((Kind.EMBEDDING, -1, ""), at, model.trace.embed[at], torch.arange(len(at)))
-    yield one_each((Kind.POSITION, -1, ""), at, model.trace.pos_embed[at], torch.arange(len(at)))
+    yield one_each((Kind.EMBEDDING, -1, ""), at, model.trace.embed[at], _each(at))
+    yield one_each((Kind.POSITION, -1, ""), at, model.trace.pos_embed[at], _each(at))
     for layer in range(int(top.max())):
         at = (top > layer).nonzero()[:, 0]
         for kind, name in ((Kind.ATTN, "attn"), (Kind.MLP, "mlp")):
@@ -243,14 +244,19 @@ def _writers(model: ReplacementModel, top: Int[torch.Tensor, " pos"]) -> Iterato
                 decoder, error = model.to_residual(layer, decoder), model.to_residual(layer, error)
                 bias = model.attn_bias(layer)
             yield _Writers((kind, layer, name), site.position[place], place, decoder, of, site.amplitude[place])
-            yield one_each((Kind.ERROR, layer, name), at, error, torch.arange(len(at)))
+            yield one_each((Kind.ERROR, layer, name), at, error, _each(at))
             alike = site.norm is None
             yield one_each(
                 (Kind.BIAS, layer, name),
                 at,
                 bias[:1] if alike else bias[at],
-                torch.zeros_like(at) if alike else torch.arange(len(at)),
+                torch.zeros_like(at) if alike else _each(at),
             )
+
+
+def _each(of: Int[torch.Tensor, " n"]) -> Int[torch.Tensor, " n"]:
+    """0, 1, 2 and so on, as many as there are."""
+    return torch.arange(len(of), device=of.device)
 
 
 def _layer(
@@ -293,7 +299,7 @@ def _side(
     ends, of = (head * len(below) + position).unique(return_inverse=True)
     heads, head = (ends // len(below)).unique(return_inverse=True)
     at, end = (ends % len(below)).unique(return_inverse=True)
-    counts, slot = below[at], torch.arange(1 + int(below[at].max()))
+    counts, slot = below[at], torch.arange(1 + int(below[at].max()), device=below.device)
     number = nodes.first[at, None] + slot - 1
     number[:, 0] = bias + at
     taken = (slot > 0) & (slot <= counts[:, None])
@@ -328,10 +334,10 @@ def _side(
 
 def _strongest(q: _Side, k: _Side) -> _Pairs:
     """The `STRONGEST` pairs of every look."""
-    look = torch.arange(len(q.of))
+    look = _each(q.of)
     least = _least(torch.bmm(q.longest()[q.of], k.longest()[k.of].mT).flatten(1), STRONGEST)
     n_queries = max(1, int((q.norm[q.of] * k.norm[k.of, :1] >= least[:, None]).sum(1).max()))
-    pairs = _reaching(q, k, look, torch.arange(n_queries).expand(len(look), -1), least)
+    pairs = _reaching(q, k, look, torch.arange(n_queries, device=look.device).expand(len(look), -1), least)
     return pairs[_greatest(pairs.look, pairs.qk, STRONGEST)]
 
 
@@ -369,8 +375,8 @@ def _reaching(
     shortest = k.norm.new_full((len(k.norm),), torch.inf).scatter_reduce_(0, k.of[look], needed, "amin")
     n_keys = int((k.norm >= shortest[:, None]).sum(1).max())
     count = torch.searchsorted(-k.norm[:, :n_keys][k.of[look]], -least[:, None] / norm, right=True).flatten()
-    cell = torch.arange(len(count)).repeat_interleave(count)
-    key = torch.arange(len(cell)) - (count.cumsum(0) - count)[cell]
+    cell = _each(count).repeat_interleave(count)
+    key = _each(cell) - (count.cumsum(0) - count)[cell]
     row, query = cell // query.shape[1], query.flatten()[cell]
     look = look[row]
     split = (x.split(PAIRS_AT_ONCE) for x in (look, query, key))
@@ -398,7 +404,7 @@ def _greatest(of: Int[torch.Tensor, " n"], x: Float[torch.Tensor, " n"], n: int)
     """Where the `n` greatest |x| of each group are, group by group from the greatest."""
     order = x.abs().argsort(descending=True)
     order = order[of[order].argsort(stable=True)]
-    rank = torch.arange(len(order)) - torch.searchsorted(of[order], of[order])
+    rank = _each(order) - torch.searchsorted(of[order], of[order])
     return order[rank < n]
 
 

@@ -65,7 +65,7 @@ class Site:
 
     def places(self, position: Int[torch.Tensor, " n"], index: Int[torch.Tensor, " n"]) -> Int[torch.Tensor, " n"]:
         """The places in the list of features that fire."""
-        d_sae = len(self.dictionary.W_dec)
+        d_sae = self.dictionary.record.d_sae
         return torch.searchsorted(self.position * d_sae + self.index, position * d_sae + index)
 
     @property
@@ -167,8 +167,8 @@ def replacement_model(trace: Trace, weights: Weights, dictionaries: list[Diction
 
 def _open(dictionary: Dictionary, b_V: Float[torch.Tensor, " z"], n_pos: int) -> Site:
     """Attention that is not replaced: no features and no error."""
-    none = torch.zeros(0, dtype=torch.long)
     zeros = b_V.new_zeros(n_pos, len(b_V))
+    none = zeros[:0, 0].long()
     return Site(dictionary, none, none, b_V[:0], (0,) * n_pos, zeros, b_V.expand_as(zeros))
 
 
@@ -194,11 +194,9 @@ def encode(dictionary: Dictionary, x: Float[torch.Tensor, "pos d_in"], target: t
     return Site(dictionary, position, index, value, tuple(counts.tolist()), error, bias, norm)
 
 
-def nonzero(mask: Bool[torch.Tensor, "row column"]) -> tuple[Int[torch.Tensor, " n"], Int[torch.Tensor, " n"]]:
-    """(row, column) of what is true, in order; on a processor NumPy finds it several times as fast as torch."""
+def nonzero(mask: Bool[torch.Tensor, "*n"]) -> tuple[Int[torch.Tensor, " place"], ...]:
+    """The indices of what is true, in order; on a processor NumPy finds it several times as fast as torch."""
     if mask.device.type != "cpu":
-        row, column = mask.nonzero().T
-        return row, column
-    place = torch.from_numpy(np.flatnonzero(mask.numpy()))
-    row = place // mask.shape[1]
-    return row, place - row * mask.shape[1]
+        return mask.nonzero(as_tuple=True)
+    place = np.unravel_index(np.flatnonzero(mask.numpy()), mask.shape)
+    return tuple(torch.from_numpy(index) for index in place)

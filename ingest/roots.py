@@ -211,8 +211,8 @@ def from_the_top(roots: Iterable[Root]) -> list[Root]:
 
 def root_table(roots: Sequence[Root], model: ReplacementModel) -> Roots:
     """Reads, values and constants of roots, in their order (METHOD 2)."""
-    position = torch.tensor([root.position for root in roots], dtype=torch.long)
-    index = torch.tensor([root.index for root in roots], dtype=torch.long)
+    position = model.trace.tokens.new_tensor([root.position for root in roots])
+    index = model.trace.tokens.new_tensor([root.index for root in roots])
     read = model.trace.embed.new_zeros(len(roots), model.trace.embed.shape[1])
     value, constant = read.new_zeros(len(roots)), read.new_zeros(len(roots))
     for layer, name in dict.fromkeys((root.layer, root.site) for root in roots):

@@ -23,6 +23,7 @@ from ingest.hub import cache_folder, commit_of, fetch
 from ingest.model import MINI, LanguageModel, check_name, load_model
 from ingest.registry import DEFAULTS, SETS, DictionarySet, layers_of, published_set
 from ingest.replacement import ReplacementModel, replacement_model
+from ingest.shelf import shelf_within
 from ingest.trace import trace
 
 
@@ -44,19 +45,23 @@ def set_up(
     dtype: torch.dtype = torch.float32,
     dictionaries: Sequence[str] = (),
     layers: frozenset[int] | None = None,
+    memory: int | None = None,
+    device: str = "cpu",
 ) -> Setup:
     """The model `name` (see `load_model`) with dictionaries: see `places_for`.
 
-    Raises AtlasError when either cannot be used, or when they do not belong together.
+    With `memory`, the bytes that the process may take, dictionaries are opened when they are needed and closed again.
+    Raises AtlasError when either cannot be used, when they do not belong together, or when `memory` is too little.
     """
-    model, places = load_with_places(name, dtype, dictionaries, layers)
-    found = load_dictionaries(places, model)
+    model, places = load_with_places(name, dtype, dictionaries, layers, device)
+    found = load_dictionaries(places, model, shelf_within(memory))
     record = ReplacementModelRecord(
-        id=replacement_id(model, found),
+        id=replacement_id(model, found, dtype),
         name=model.record.id,
         model=model.record,
         dictionaries=tuple(dictionary.record for dictionary in found if dictionary.record.d_sae),
         open_attention=tuple(dictionary.record.layer for dictionary in found if dictionary.is_open),
+        dtype=str(dtype).removeprefix("torch."),
     )
     return Setup(model, found, record)
 
@@ -66,6 +71,7 @@ def load_with_places(
     dtype: torch.dtype = torch.float32,
     dictionaries: Sequence[str] = (),
     layers: frozenset[int] | None = None,
+    device: str = "cpu",
 ) -> tuple[LanguageModel, list[Place]]:
     """The model with the weights that its dictionaries were trained on, and where these lie."""
     check_name(name)
@@ -76,7 +82,7 @@ def load_with_places(
         raise AtlasError(
             f"Dictionaries that were trained on different weights of the model cannot be mixed: {said} weights."
         )
-    return load_model(name, dtype, next(iter(weights))), places
+    return load_model(name, dtype, next(iter(weights)), device), places
 
 
 def places_for(name: str, dictionaries: Sequence[str], layers: frozenset[int] | None) -> list[Place]:

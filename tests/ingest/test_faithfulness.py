@@ -145,14 +145,14 @@ def test_a_mean_that_is_the_value_changes_nothing(setup, replacement):
         fill.append(value)
         rows += [(number, t, i) for i in range(d.record.d_sae)]
     roots = from_the_top(some_roots(replacement))
-    interventions = [Intervention(root, as_features(rows), False) for root in roots]
+    interventions = [Intervention(root, as_features(setup, rows), False) for root in roots]
     values = root_values(setup, tokens, interventions, Ablation("mean", tuple(fill)))
     torch.testing.assert_close(values, root_table(roots, replacement).value, rtol=1e-9, atol=1e-9)
 
 
 def test_without_ablation_the_roots_are_what_they_were(setup, replacement):
     roots = from_the_top(some_roots(replacement))
-    nothing = [Intervention(root, as_features([]), False) for root in roots]
+    nothing = [Intervention(root, as_features(setup, []), False) for root in roots]
     values = root_values(setup, replacement.trace.tokens.tolist(), nothing, ablation(setup, "zero"))
     torch.testing.assert_close(values, root_table(roots, replacement).value, rtol=1e-9, atol=1e-9)
 
@@ -248,7 +248,7 @@ def test_faithfulness_of_the_planted_circuit_is_1_and_of_its_complement_0(plante
     text = "CADBE"
     d, t = LETTERS.index("D"), len(text)
     replacement = planted.replace(planted.model.tokens(text))
-    own = as_features([(0, t - 1, d + 1)])
+    own = as_features(planted, [(0, t - 1, d + 1)])
     active = faithfulness._active(planted, replacement)
     complement = active[~(active == own[0]).all(1)]
     root = f"p/{t}/1/attn/{d + 1}/relative"
