@@ -43,6 +43,7 @@ ACTIVATIONS = {
 OPEN = "open"  # the kind of an attention site that is not replaced
 MEANS = "means.safetensors"
 QUALITY = "quality.json"
+TALL = 16  # features in a column where the strongest are looked for
 NORM_EPS = 1e-5  # SAELens' layer norm adds it to the standard deviation
 
 
@@ -106,11 +107,8 @@ class Dictionary:
     def active(self, p: Float[torch.Tensor, "pos d_sae"]) -> Bool[torch.Tensor, "pos d_sae"]:
         """Which features fire; for those that do, a = p."""
         if self.threshold is not None:
-            return (p > self.threshold) & (p > 0)
-        if self.k is not None:
-            strongest = p.contiguous().topk(self.k, dim=1, sorted=False).indices
-            return torch.zeros_like(p, dtype=torch.bool).scatter_(1, strongest, value=True) & (p > 0)
-        return p > 0
+            return p > self.threshold.clamp(min=0)
+        return p > 0 if self.k is None else strongest(p, self.k)
 
     def activations(self, x: Float[torch.Tensor, "pos d_in"]) -> Float[torch.Tensor, "pos d_sae"]:
         """a, zero where a feature does not fire."""
@@ -142,6 +140,36 @@ class Dictionary:
     def decoder_norm(self) -> Float[torch.Tensor, " d_sae"]:
         """The lengths of what the features write."""
         return self.W_dec.norm(dim=1)
+
+
+def strongest(p: Float[torch.Tensor, "pos d_sae"], k: int) -> Bool[torch.Tensor, "pos d_sae"]:
+    """Which are above 0 and among the `k` greatest of their row; of equal ones those that torch.topk takes.
+
+    Features are dealt into columns of about TALL. A row's k + 1 greatest are all in the k + 1 columns of the greatest
+    maxima, as each of the others has that many above it; so only these columns are searched.
+    """
+    d_sae = p.shape[1]
+    n = d_sae // TALL
+    if n <= k:
+        return _topk(p, k)
+    tall, rest = divmod(d_sae, n)
+    maxima = p.T[: tall * n].unflatten(0, (tall, n)).amax(0)
+    torch.maximum(maxima[:rest], p.T[tall * n :], out=maxima[:rest])
+    column = maxima.T.topk(k + 1, dim=1, sorted=False).indices
+    index = (column[:, :, None] + n * torch.arange(tall + 1, device=p.device)).flatten(1)
+    searched = p.gather(1, index.clamp(max=d_sae - 1)).masked_fill_(index >= d_sae, -torch.inf)
+    *_, least, next = searched.topk(k + 1, dim=1).values.unbind(1)
+    below = torch.nextafter(least, torch.full_like(least, -torch.inf)).clamp(min=0)
+    on = p > below[:, None]
+    tied = (least == next).nonzero()[:, 0]
+    if len(tied):
+        on[tied] = _topk(p[tied], k)
+    return on
+
+
+def _topk(p: Float[torch.Tensor, "pos d_sae"], k: int) -> Bool[torch.Tensor, "pos d_sae"]:
+    index = p.contiguous().topk(k, dim=1, sorted=False).indices
+    return torch.zeros_like(p, dtype=torch.bool).scatter_(1, index, value=True) & (p > 0)
 
 
 def places_in(directory: Path) -> list[Place]:

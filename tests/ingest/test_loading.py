@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from sae_lens import SAE, TopKSAE, TopKSAEConfig
+from sae_lens.saes.topk_sae import TopK
 from torch.nn.functional import layer_norm
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
 from transformers import GPT2LMHeadModel
 
 from atlas.errors import AtlasError
-from ingest.dictionaries import Place, load_dictionary, weights_of
+from ingest.dictionaries import Place, load_dictionary, strongest, weights_of
 from ingest.model import LanguageModel, Weights, finite, load_model
 from ingest.setup import set_up
 from ingest.trace import Trace, trace
@@ -215,6 +216,15 @@ def test_every_kind_encodes_and_decodes_as_saelens_does(
     torch.testing.assert_close(ours.activations(x), theirs.encode(x).detach(), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(ours.reconstruct(x), theirs(x).detach(), rtol=1e-9, atol=1e-9)
     assert 0 < (ours.activations(x) > 0).double().mean() < 1
+
+
+@pytest.mark.parametrize(("d_sae", "k"), [(24, 5), (331, 6), (1000, 5), (777, 3)])
+def test_the_strongest_are_those_of_saelens_also_where_values_are_equal(d_sae: int, k: int) -> None:
+    random = torch.randn(60, d_sae, generator=torch.Generator().manual_seed(d_sae))
+    for p in (random, (3 * random).round(), random - 2, random.clamp(max=0), (3 * random).round().T.contiguous().T):
+        expected = TopK(k)(p)
+        assert torch.equal(torch.where(strongest(p, k), p, 0), expected)
+        assert torch.equal(strongest(p, k), expected > 0)
 
 
 @pytest.mark.skipif(not MAPS.exists(), reason="no /proc/self/maps: which files are mapped cannot be seen here")
