@@ -7,7 +7,8 @@ Its label is the last one read, `labels` keeps all of them from the oldest to th
 file again changes nothing. Features that no prompt has made yet are made here, IN a Dictionary that holds its
 layer and site until the dictionary itself is registered.
 
-Rows are read as a stream and written in transactions of ROWS_PER_TRANSACTION features.
+Rows are read as a stream and written in transactions of ROWS_PER_TRANSACTION features, those of a dictionary in one
+statement; what a dictionary's features have in common is sent once.
 """
 
 import csv
@@ -39,34 +40,37 @@ SOURCES = {
     ("gpt2-small", "att_32k-oai"): ("gpt2/{layer}/attn/att_32k-oai", "attn"),
     ("gpt2-small", "att_128k-oai"): ("gpt2/{layer}/attn/att_128k-oai", "attn"),
 }
-PAGE = "https://www.neuronpedia.org/{model}/{layer}-{source}/{index}"
-ROWS_PER_TRANSACTION = 10_000
+PAGE = "https://www.neuronpedia.org/{model}/{layer}-{source}/"
+ROWS_PER_TRANSACTION = 2_000
 FORMS = (".jsonl", ".json", ".csv")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 NO_LABEL = ("", "Feature not found.")  # the second stands in tables of scored labels
 
-_DICTIONARIES: LiteralString = (
-    "UNWIND $rows AS row MERGE (d:Dictionary {id: row.id}) ON CREATE SET d.layer = row.layer, d.site = row.site"
-)
+_DICTIONARY: LiteralString = "MERGE (d:Dictionary {id: $dictionary}) ON CREATE SET d.layer = $layer, d.site = $site"
 # Not MERGE: which features are there was read in the same transaction, and the key's constraint guards the rest.
 _FEATURES: LiteralString = (
-    "UNWIND $rows AS row MATCH (d:Dictionary {id: row.dictionary}) "
-    "CREATE (f:Feature {id: row.id, layer: row.layer, site: row.site, index: row.index, label: row.label, "
-    "labels: row.labels, label_source: row.label_source, url: row.url}) CREATE (f)-[:IN]->(d) RETURN count(*) AS n"
+    "MATCH (d:Dictionary {id: $dictionary}) UNWIND $rows AS row "
+    "CREATE (f:Feature {id: $dictionary + '/' + toString(row[0]), layer: $layer, site: $site, index: row[0], "
+    "label: last(row[1]), labels: row[1], label_source: row[2], url: $page + toString(row[0])}) "
+    "CREATE (f)-[:IN]->(d) RETURN count(*) AS n"
 )
 _KNOWN: LiteralString = (
     "UNWIND $ids AS id MATCH (f:Feature {id: id}) "
     "RETURN id, coalesce(f.labels, CASE WHEN f.label IS NULL THEN [] ELSE [f.label] END) AS labels"
 )
 _LABELS: LiteralString = (
-    "UNWIND $rows AS row MATCH (f:Feature {id: row.id}) SET f += {label: row.label, labels: row.labels, "
-    "label_source: row.label_source, url: row.url} RETURN count(*) AS n"
+    "UNWIND $rows AS row WITH row, $dictionary + '/' + toString(row[0]) AS id MATCH (f:Feature {id: id}) "
+    "SET f += {label: last(row[1]), labels: row[1], label_source: row[2], url: $page + toString(row[0])} "
+    "RETURN count(*) AS n"
 )
 
 
 @dataclass(frozen=True)
 class Label:
-    """One label of the feature `<dictionary>/<index>`; `source` says who or what wrote it."""
+    """One label of the feature `<dictionary>/<index>`; `source` says who or what wrote it.
+
+    `page` is the address of the feature's page without its index.
+    """
 
     dictionary: str
     layer: int
@@ -74,7 +78,7 @@ class Label:
     index: int
     text: str
     source: str
-    url: str
+    page: str
 
 
 @dataclass
@@ -265,8 +269,8 @@ def _label(row: dict[str, Any], file: str, default: tuple[str, str] | None, summ
     if _SURROGATE.search(text + written_by):
         raise _BadRow("its description holds half a character (a lone surrogate)")
     dictionary, site = known
-    url = PAGE.format(model=model, layer=int(layer), source=source, index=index)
-    return Label(dictionary.format(layer=int(layer)), int(layer), site, index, text, written_by, url)
+    page = PAGE.format(model=model, layer=int(layer), source=source)
+    return Label(dictionary.format(layer=int(layer)), int(layer), site, index, text, written_by, page)
 
 
 def _index(value: object) -> int:
@@ -283,29 +287,22 @@ def _write(store: Store, batch: dict[str, list[Label]], summary: Summary, featur
 
 def _write_batch(transaction: neo4j.ManagedTransaction, batch: dict[str, list[Label]]) -> None:
     stored = {record["id"]: list(record["labels"]) for record in transaction.run(_KNOWN, {"ids": list(batch)})}
-    dictionaries = {found[-1].dictionary: found[-1] for id, found in batch.items() if id not in stored}
-    places = [{"id": id, "layer": label.layer, "site": label.site} for id, label in dictionaries.items()]
-    transaction.run(_DICTIONARIES, {"rows": places}).consume()
-    rows = [_row(id, found, stored.get(id, [])) for id, found in batch.items()]
-    new, known = [row for row in rows if row["id"] not in stored], [row for row in rows if row["id"] in stored]
-    written = transaction.run(_FEATURES, {"rows": new}).single(strict=True)["n"]
-    written += transaction.run(_LABELS, {"rows": known}).single(strict=True)["n"]
-    if written != len(rows):
-        raise AtlasError(f"{len(rows) - written} of {len(rows)} features could not be labelled; nothing was written.")
+    groups: dict[tuple[str, bool], list[str]] = {}
+    for id, found in batch.items():
+        groups.setdefault((found[-1].dictionary, id in stored), []).append(id)
+    written = 0
+    for (dictionary, known), ids in groups.items():
+        last = batch[ids[0]][-1]
+        common = {"dictionary": dictionary, "layer": last.layer, "site": last.site, "page": last.page}
+        if not known:
+            transaction.run(_DICTIONARY, common).consume()
+        rows = [_row(batch[id], stored.get(id, [])) for id in ids]
+        written += transaction.run(_LABELS if known else _FEATURES, {**common, "rows": rows}).single(strict=True)["n"]
+    if written != len(batch):
+        raise AtlasError(f"{len(batch) - written} of {len(batch)} features could not be labelled; nothing was written.")
 
 
-def _row(id: str, found: list[Label], before: list[str]) -> dict[str, Any]:
-    """The feature's properties; all labels from the oldest to the newest, each where it was last read."""
+def _row(found: list[Label], before: list[str]) -> list[Any]:
+    """A feature's index, all its labels from the oldest to the newest, each where it was last read, and the source."""
     newest_first = dict.fromkeys(reversed([*before, *(label.text for label in found)]))
-    last = found[-1]
-    return {
-        "id": id,
-        "dictionary": last.dictionary,
-        "layer": last.layer,
-        "site": last.site,
-        "index": last.index,
-        "label": last.text,
-        "labels": list(newest_first)[::-1],
-        "label_source": last.source,
-        "url": last.url,
-    }
+    return [found[-1].index, list(newest_first)[::-1], found[-1].source]
