@@ -112,8 +112,7 @@ def load_model(
     `weights` is one of CONVENTIONS. Raises AtlasError when there is no such model or device, when the model is not of
     GPT-2's architecture, or when a weight is not a finite number.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise AtlasError("--device cuda: PyTorch finds no GPU that it can use here; leave the option out.")
+    check_device(device)
     directory, id, revision = _locate(name)
     _check_directory(name, directory)
     steps = processing(weights)
@@ -153,6 +152,12 @@ def check_name(name: str) -> None:
     """Raises AtlasError where `name` is neither `mini` nor a directory, and can be no repository of the hub."""
     if name != "mini" and not Path(name).is_dir() and not re.fullmatch(r"([\w.-]+/)?[\w.-]+(@[\w.-]+)?", name):
         raise AtlasError(f"No model {name!r}: there is no such directory, and no repository of the hub is called so.")
+
+
+def check_device(device: str) -> None:
+    """Raises AtlasError where `device` is cuda and PyTorch can use none."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise AtlasError("--device cuda: PyTorch finds no GPU that it can use here; leave the option out.")
 
 
 def _locate(name: str) -> tuple[Path, str, str]:

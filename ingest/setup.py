@@ -20,7 +20,7 @@ from ingest.dictionaries import (
     weights_of,
 )
 from ingest.hub import cache_folder, commit_of, fetch
-from ingest.model import MINI, LanguageModel, check_name, load_model
+from ingest.model import MINI, LanguageModel, check_device, check_name, load_model
 from ingest.registry import DEFAULTS, SETS, DictionarySet, layers_of, published_set
 from ingest.replacement import ReplacementModel, replacement_model
 from ingest.shelf import shelf_within
@@ -75,6 +75,7 @@ def load_with_places(
 ) -> tuple[LanguageModel, list[Place]]:
     """The model with the weights that its dictionaries were trained on, and where these lie."""
     check_name(name)
+    check_device(device)  # before anything is downloaded
     places = places_for(name, dictionaries, layers)
     weights = {weights_of(place): place for place in places}
     if len(weights) > 1:
