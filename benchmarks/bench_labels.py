@@ -2,7 +2,7 @@
 
     python -m benchmarks.bench_labels embedded|neo4j [LABELS]
 
-300,000 labels by default. The last line printed is a JSON object.
+300,000 labels by default. The embedded engine runs in this process, Neo4j in another. The last line printed is a JSON object.
 """
 
 import json
@@ -34,22 +34,23 @@ def write_export(file: Path, n_labels: int) -> None:
 
 def main(engine: str, n_labels: int = 300_000) -> None:
     """Measure and print what was found."""
-    seconds: list[float] = []
+    seconds: list[tuple[float, float]] = []
     with tempfile.TemporaryDirectory(prefix="atlas-bench-") as folder, opened(engine) as store:
         file = Path(folder) / "labels.jsonl"
         write_export(file, n_labels)
         for _ in range(2):
-            start = time.perf_counter()
+            start, processor = time.perf_counter(), time.process_time()
             summary = import_labels(store, [file], print)
-            seconds.append(time.perf_counter() - start)
+            seconds.append((time.perf_counter() - start, time.process_time() - processor))
             assert summary.labels == n_labels
         stored = store.read("MATCH (f:Feature) RETURN count(f.label) AS n")["n"].iloc[0]
     assert stored == n_labels
-    first, again = seconds
+    (first, processor), (again, _) = seconds
     found = {
         "engine": engine,
         "labels": n_labels,
         "seconds (goal: under 60)": round(first, 1),
+        "of this process's processor, s": round(processor, 1),
         "labels a second": round(n_labels / first),
         "seconds, the same file again": round(again, 1),
     }
