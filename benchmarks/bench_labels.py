@@ -2,7 +2,8 @@
 
     python -m benchmarks.bench_labels embedded|neo4j [LABELS]
 
-300,000 labels by default. The embedded engine runs in this process, Neo4j in another. The last line printed is a JSON object.
+300,000 labels by default. The embedded engine runs in this process, Neo4j in another. The last line printed is a JSON
+object.
 """
 
 import json
