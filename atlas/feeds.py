@@ -4,12 +4,13 @@
 activation of feature A to one of feature B: n_edges, n_prompts, and the means of the edges' weight and of their
 share, which is weight / pre_activation of the target (0 where that is 0). The totals stand beside the means, so
 that a prompt is added and taken away by adding and subtracting its own sums, within its transaction; a relationship
-whose last edge goes is deleted. `rebuild` makes all of them anew, for a store that an earlier program wrote.
+whose last edge goes is deleted. log2_prompts, the whole part of the logarithm of n_prompts, finds the most common by
+an index. `rebuild` makes all of them anew, for a store that an earlier program wrote.
 """
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, LiteralString, NamedTuple, TypeAlias
+from typing import LiteralString, NamedTuple, TypeAlias, TypeVar
 
 import neo4j
 
@@ -17,6 +18,7 @@ from atlas.records import NodeRecord, PromptRecord
 from atlas.store import Store
 
 ROWS_PER_STATEMENT = 10_000
+FEATURES_PER_STATEMENT = 500
 
 
 class Path(NamedTuple):
@@ -39,6 +41,7 @@ class Total(NamedTuple):
 
 
 Totals: TypeAlias = dict[Path, Total]
+T = TypeVar("T")
 
 _OF_PROMPT: LiteralString = """
 MATCH (u:CircuitNode {prompt: $prompt})-[e:DIRECT|OV]->(v:CircuitNode)
@@ -56,25 +59,44 @@ MATCH (a:Feature {id: row.source})
 MATCH (b)<-[r:FEEDS]-(a)
 WHERE r.via = row.via AND coalesce(r.head, -1) = row.head
 """
+# Of the whole number n, exact below 2 ** 29.
+LOG2: LiteralString = "CASE WHEN n > 0 THEN toInteger(floor(log(n) / log(2) + 1e-9)) ELSE 0 END"
 _ADD: LiteralString = (
     _FIND
-    + """
-WITH row, r, r.n_edges + row.n_edges AS n, r.total_weight + row.weight AS weight, r.total_share + row.share AS share
-SET r.n_prompts = r.n_prompts + row.n_prompts, r.n_edges = n, r.total_weight = weight, r.total_share = share,
+    + f"""
+WITH row, r, r.n_prompts + row.n_prompts AS n, r.n_edges + row.n_edges AS n_edges,
+     r.total_weight + row.weight AS weight, r.total_share + row.share AS share
+WITH row, r, n AS n_prompts, {LOG2} AS log2_prompts, n_edges AS n, weight, share
+SET r.n_prompts = n_prompts, r.log2_prompts = log2_prompts,
+    r.n_edges = n, r.total_weight = weight, r.total_share = share,
     r.mean_weight = CASE WHEN n > 0 THEN weight / n ELSE 0.0 END,
     r.mean_share = CASE WHEN n > 0 THEN share / n ELSE 0.0 END
 RETURN row.place AS place
 """
 )
 _DELETE_EMPTY: LiteralString = _FIND + "WITH r WHERE r.n_edges <= 0 DELETE r"
+# One prompt is added at a time, so log2_prompts is 0.
 _CREATE: LiteralString = """
 UNWIND $rows AS row
 MATCH (b:Feature {id: row.target})
 MATCH (a:Feature {id: row.source})
 CREATE (a)-[:FEEDS {via: row.via, layer: CASE WHEN row.layer >= 0 THEN row.layer END,
-                    head: CASE WHEN row.head >= 0 THEN row.head END, n_prompts: row.n_prompts, n_edges: row.n_edges,
-                    mean_weight: row.weight / row.n_edges, mean_share: row.share / row.n_edges,
+                    head: CASE WHEN row.head >= 0 THEN row.head END, n_prompts: row.n_prompts, log2_prompts: 0,
+                    n_edges: row.n_edges, mean_weight: row.weight / row.n_edges, mean_share: row.share / row.n_edges,
                     total_weight: row.weight, total_share: row.share}]->(b)
+"""
+_COUNT_FEEDS: LiteralString = f"""
+UNWIND $ids AS id
+MATCH (b:Feature {{id: id}})<-[r:FEEDS]-()
+WITH r, r.n_prompts AS n
+SET r.log2_prompts = {LOG2}
+"""
+_COUNT_FIRINGS: LiteralString = """
+UNWIND $ids AS id
+MATCH (f:Feature {id: id})
+OPTIONAL MATCH (f)-[e:FIRES_ON]->()
+WITH f, count(e) AS n
+SET f.n_prompts = n
 """
 
 
@@ -108,7 +130,7 @@ def change(transaction: neo4j.ManagedTransaction, removed: Totals, added: Totals
     changes = _difference(removed, added)
     # Always in one order: two writers then wait for each other instead of locking each other out.
     rows = [{**path._asdict(), **changes[path]._asdict(), "place": i} for i, path in enumerate(sorted(changes))]
-    for batch in _batches(rows):
+    for batch in _batches(rows, ROWS_PER_STATEMENT):
         there = {record["place"] for record in transaction.run(_ADD, {"rows": batch})}
         new = [row for row in batch if row["place"] not in there and row["n_edges"] > 0]
         less = [row for row in batch if row["n_edges"] < 0]
@@ -125,6 +147,17 @@ def rebuild(store: Store) -> None:
         pass
     for prompt in store.read("MATCH (p:Prompt) RETURN p.id AS id ORDER BY id")["id"].tolist():
         store.write(lambda transaction, id=str(prompt): change(transaction, {}, of_stored(transaction, id)))
+
+
+def count_prompts(store: Store) -> None:
+    """Note of every feature in how many prompts it fires, and of every FEEDS its log2_prompts.
+
+    For a store that an earlier program wrote. A feature that never fired gets 0.
+    """
+    ids = [str(id) for id in store.read("MATCH (f:Feature) RETURN f.id AS id ORDER BY id")["id"]]
+    for batch in _batches(ids, FEATURES_PER_STATEMENT):
+        store.change(_COUNT_FEEDS, ids=batch)
+        store.change(_COUNT_FIRINGS, ids=batch)
 
 
 def _feature(node: NodeRecord) -> str | None:
@@ -156,5 +189,5 @@ def _difference(removed: Mapping[Path, Total], added: Mapping[Path, Total]) -> T
     return changes
 
 
-def _batches(rows: list[dict[str, Any]]) -> Iterable[list[dict[str, Any]]]:
-    return (rows[start : start + ROWS_PER_STATEMENT] for start in range(0, len(rows), ROWS_PER_STATEMENT))
+def _batches(rows: list[T], size: int) -> Iterable[list[T]]:
+    return (rows[start : start + size] for start in range(0, len(rows), size))

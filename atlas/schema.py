@@ -1,8 +1,9 @@
 """What the graph is made of: labels with their keys and indexes, and the version of all that.
 
 Every key label has a uniqueness constraint on `id`, which is also the index that finds a node; what
-belongs to a prompt has an index on `prompt`. Neo4j also orders FEEDS by its number of prompts; the embedded engine
-has no use for an index of relationships. The version stands in the database itself, in the node
+belongs to a prompt has an index on `prompt`. The embedded engine finds relationships by an index only where a MATCH
+begins a query or a CALL () {}, names no label, and asks for equality or IN: hence FEEDS.log2_prompts, a few values
+by which the most common are found. The version stands in the database itself, in the node
 (:Schema {id: 'atlas', version}), so that a program never touches a database of a newer one.
 """
 
@@ -29,21 +30,28 @@ KEY_LABELS: tuple[LiteralString, ...] = (
     "Circuit",
 )
 PROMPT_LABELS: tuple[LiteralString, ...] = ("Token", "Span", "CircuitNode", "AttentionScore", "Circuit")
+# Name, relationship and properties of the indexes of relationships.
+RELATIONSHIP_INDEXES: tuple[tuple[LiteralString, LiteralString, LiteralString], ...] = (
+    ("feeds_log2_prompts", "FEEDS", "r.log2_prompts"),
+    ("feeds_head", "FEEDS", "r.layer, r.head"),
+    ("wire_rank", "VIRTUAL_WEIGHT", "r.rank"),
+)
 
 
 def prepare(store: Store) -> None:
     """Create constraints and indexes and record the version, unless this version did so already.
 
-    A store of version 1 has no FEEDS yet, and gets them from its edges; one of version 2 lacks indexes, and gets them.
+    A store of version 1 has no FEEDS yet, and gets them from its edges; one of version 2 lacks indexes, and gets them;
+    one of version 3 lacks the numbers of prompts that features and FEEDS have, and gets them.
     """
     version = check_version(store)
     if version == SCHEMA_VERSION:
         return
     store.write(_create_schema)
-    if store.engine == "neo4j":
-        store.change("CREATE INDEX feeds_n_prompts IF NOT EXISTS FOR ()-[r:FEEDS]-() ON (r.n_prompts)")
     if version == 1:
         feeds.rebuild(store)
+    if version is not None and version < SCHEMA_VERSION:
+        feeds.count_prompts(store)
     store.write(_record_version)
 
 
@@ -55,6 +63,8 @@ def _create_schema(transaction: neo4j.ManagedTransaction) -> None:
         name = label.lower()
         transaction.run(f"CREATE INDEX {name}_prompt IF NOT EXISTS FOR (n:{label}) ON (n.prompt)").consume()
     transaction.run("CREATE INDEX prompt_task IF NOT EXISTS FOR (n:Prompt) ON (n.task)").consume()
+    for name, relationship, properties in RELATIONSHIP_INDEXES:
+        transaction.run(f"CREATE INDEX {name} IF NOT EXISTS FOR ()-[r:{relationship}]-() ON ({properties})").consume()
     transaction.run("CREATE INDEX score_head IF NOT EXISTS FOR (n:AttentionScore) ON (n.layer, n.head)").consume()
 
 

@@ -316,15 +316,19 @@ QUESTIONS = (
     ),
     _Question(
         "features",
-        "every feature is IN one dictionary, of its layer and site, and its id says so",
+        "every feature is IN one dictionary, of its layer and site, and its id and its number of prompts are right",
         """
-        MATCH (f:Feature)
+        UNWIND $features AS feature
+        MATCH (f:Feature {id: feature})
+        OPTIONAL MATCH (f)-[:FIRES_ON]->(p:Prompt)
+        WITH f, count(p) AS n_prompts
         OPTIONAL MATCH (f)-[:IN]->(d:Dictionary)
-        WITH f, count(d) AS n, max(d.id) AS dictionary, max(d.layer) AS layer, max(d.site) AS site
+        WITH f, n_prompts, count(d) AS n, max(d.id) AS dictionary, max(d.layer) AS layer, max(d.site) AS site
         WITH f.id AS id, null AS residual, n = 1 AND f.id = dictionary + '/' + toString(f.index)
-             AND f.layer = layer AND f.site = site AS ok
+             AND f.layer = layer AND f.site = site AND coalesce(f.n_prompts, 0) = n_prompts AS ok
         """,
         per_prompt=False,
+        per_feature=True,
     ),
     _Question(
         "feeds",
@@ -337,19 +341,22 @@ QUESTIONS = (
           WITH a, v, e, CASE WHEN v.pre_activation <> 0 THEN e.weight / v.pre_activation ELSE 0.0 END AS share
           RETURN a.id AS source, type(e) AS via, e.layer AS layer, e.head AS head,
                  count(DISTINCT v.prompt) AS n_prompts, count(e) AS n_edges, sum(e.weight) AS weight,
-                 sum(share) AS share, sum(abs(e.weight)) AS weights, sum(abs(share)) AS shares
+                 sum(share) AS share, sum(abs(e.weight)) AS weights, sum(abs(share)) AS shares, 0 AS wrong
           UNION ALL
           MATCH (b)<-[r:FEEDS]-(a:Feature)
           RETURN a.id AS source, r.via AS via, r.layer AS layer, r.head AS head, -r.n_prompts AS n_prompts,
                  -r.n_edges AS n_edges, -r.mean_weight * r.n_edges AS weight, -r.mean_share * r.n_edges AS share,
-                 0.0 AS weights, 0.0 AS shares
+                 0.0 AS weights, 0.0 AS shares,
+                 CASE WHEN 2.0 ^ r.log2_prompts <= r.n_prompts AND r.n_prompts < 2.0 ^ (r.log2_prompts + 1)
+                      THEN 0 ELSE 1 END AS wrong
         }}
         WITH b, source, via, layer, head, count(*) AS sides, sum(n_prompts) AS prompts_off, sum(n_edges) AS edges_off,
              abs(sum(weight)) / (sum(weights) + 1e-12) AS weight_off,
-             abs(sum(share)) / (sum(shares) + 1e-12) AS share_off
+             abs(sum(share)) / (sum(shares) + 1e-12) AS share_off, sum(wrong) AS wrong
         WITH source + ' -> ' + b.id + coalesce(' L' + toString(layer) + '.H' + toString(head), '') AS id, sides,
-             prompts_off, edges_off, CASE WHEN weight_off > share_off THEN weight_off ELSE share_off END AS residual
-        WITH id, residual, sides = 2 AND prompts_off = 0 AND edges_off = 0 AND residual <= {TOLERANCE} AS ok
+             wrong + abs(prompts_off) + abs(edges_off) AS wrong,
+             CASE WHEN weight_off > share_off THEN weight_off ELSE share_off END AS residual
+        WITH id, residual, sides = 2 AND wrong = 0 AND residual <= {TOLERANCE} AS ok
         """,
         per_prompt=False,
         per_feature=True,

@@ -193,6 +193,8 @@ def _delete(transaction: neo4j.ManagedTransaction, prompt_id: str) -> bool:
         return False
     for label in PROMPT_LABELS:
         transaction.run(f"MATCH (n:{label} {{prompt: $id}}) DETACH DELETE n", {"id": prompt_id}).consume()
+    fired: LiteralString = "MATCH (p:Prompt {id: $id})<-[:FIRES_ON]-(f:Feature) SET f.n_prompts = f.n_prompts - 1"
+    transaction.run(fired, {"id": prompt_id}).consume()
     transaction.run("MATCH (p:Prompt {id: $id}) DETACH DELETE p", {"id": prompt_id}).consume()
     return True
 
@@ -243,7 +245,8 @@ def _write_features(transaction: neo4j.ManagedTransaction, prompt: PromptRecord)
     _create(
         transaction,
         "MATCH (f:Feature {id: row.feature}) MATCH (p:Prompt {id: row.prompt}) "
-        "CREATE (f)-[:FIRES_ON {positions: row.positions, values: row.values, max: row.max}]->(p)",
+        "CREATE (f)-[:FIRES_ON {positions: row.positions, values: row.values, max: row.max}]->(p) "
+        "SET f.n_prompts = coalesce(f.n_prompts, 0) + 1",
         [
             {
                 "feature": f"{dictionary}/{index}",

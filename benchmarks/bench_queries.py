@@ -4,10 +4,11 @@
 
 Of a question about one thing the median and the 99th percentile over SAMPLES things, drawn at random from those that
 occur (features and pairs evenly, so few of them are hubs), after twenty others that are not counted; of a question over
-the whole store the median of three. `hub` is the same asked of the feature that is a node most often. Times include
-the way through the driver into a DataFrame. Both engines hold the same store, and every answer of the one is compared
-with the other's, row by row and in order. Growth is the ratio of the medians on both sizes. The last line printed is
-JSON, one object for each engine.
+the whole store the median of three after one that is not counted, or that one where it takes over ten seconds. `hub`
+is the same asked of the feature that is a node most often. Times include the way through the driver into a DataFrame.
+Both engines hold the same store, and every answer of the one is compared with the other's, row by row and in order.
+Growth is the ratio of the medians on both sizes. Loaded stores are kept in the folder BENCH_STORES of the environment
+for the next time; without it they are temporary. The last line printed is JSON, one object for each engine.
 """
 
 import contextlib
@@ -28,21 +29,33 @@ import pandas as pd
 import queries
 from atlas.schema import prepare
 from atlas.store import Store, connect
-from benchmarks.generated import Table, generate, load_embedded, load_neo4j
+from benchmarks.generated import N_LAYERS, Table, generate, load_embedded, load_neo4j
 from tests import neo4j_server
 
 WARM = 20  # calls of a question before its time is taken
 HEAP = "4g"  # of either engine
+SLOW = 10  # seconds
 Ask = Callable[[Store], pd.DataFrame]
 
 # The two full aggregations side by side: motifs from the edges themselves, and from FEEDS (the question motifs).
 MOTIFS_FROM_EDGES = """
-MATCH (a:Feature)<-[:OF]-(u:CircuitNode)-[e:OV]->(v:CircuitNode)-[:OF]->(b:Feature)
+MATCH (b:Feature {layer: $layer, site: 'attn'})
+MATCH (b)<-[:OF]-(v:CircuitNode)
+MATCH (v)<-[e:OV]-(u:CircuitNode)
+MATCH (u)-[:OF]->(a:Feature)
 WITH a, b, e.layer AS layer, e.head AS head, count(DISTINCT v.prompt) AS n_prompts, count(*) AS n_edges
 ORDER BY n_prompts DESC, a.id, b.id, head
 LIMIT 50
 RETURN a.id AS a, b.id AS b, layer, head, n_prompts, n_edges
 """
+
+
+def motifs_from_edges(store: Store) -> pd.DataFrame:
+    """The motifs that most prompts show, from every OV edge: a layer at a time, as all at once are too many groups."""
+    layers = [store.read(MOTIFS_FROM_EDGES, layer=layer) for layer in range(N_LAYERS)]
+    order = ["n_prompts", "a", "b", "head"]
+    rows = pd.concat(layers).sort_values(order, ascending=[False, True, True, True])
+    return rows.head(50).reset_index(drop=True)
 
 
 def about_one_thing(tables: list[Table], samples: int) -> dict[str, list[Ask]]:
@@ -55,7 +68,8 @@ def about_one_thing(tables: list[Table], samples: int) -> dict[str, list[Ask]]:
     hub = ids[of["OF"]["target"].value_counts().idxmax()]
     circuits = rng.choice(of["Circuit"]["id"].to_numpy(), (2, samples))
     prompts = rng.choice(of["Prompt"]["id"].to_numpy(), samples)
-    feeds = of["FEEDS"].iloc[rng.integers(0, len(of["FEEDS"]), samples)]
+    feeds = pd.concat([table.rows[["source", "target"]] for table in tables if table.name == "FEEDS"])
+    feeds = feeds.iloc[rng.integers(0, len(feeds), samples)]
     pairs = list(zip(ids[feeds["source"]], ids[feeds["target"]], strict=True))
     qk = of["QK"][of["QK"]["source"].isin(node_of.index) & of["QK"]["target"].isin(node_of.index)]
     qk = qk.iloc[rng.integers(0, len(qk), samples)]
@@ -117,7 +131,7 @@ WHOLE_STORE: dict[str, Ask] = {
     "faithful": lambda s: queries.faithful(s),
     "wired": lambda s: queries.wired(s),
     "used": lambda s: queries.used(s),
-    "motifs from the OV edges": lambda s: s.read(MOTIFS_FROM_EDGES),
+    "motifs from the OV edges": motifs_from_edges,
 }
 
 
@@ -140,7 +154,10 @@ def measure(store: Store, about_one: dict[str, list[Ask]]) -> Measured:
         found.figures |= {figure: round(float(np.quantile(times, q)), 1) for figure, q in figures.items()}
         print(name, [found.figures[figure] for figure in figures], file=sys.stderr, flush=True)
     for name, call in WHOLE_STORE.items():
-        found.figures[f"{name}, ms"] = round(statistics.median(_ask(found, name, call, store) for _ in range(3)), 1)
+        times = [_ask(found, name, call, store)]
+        if times[0] < 1000 * SLOW:
+            times = [_ask(Measured(), name, call, store) for _ in range(3)]
+        found.figures[f"{name}, ms"] = round(statistics.median(times), 1)
         print(name, found.figures[f"{name}, ms"], file=sys.stderr, flush=True)
     return found
 
@@ -168,22 +185,26 @@ def same(a: pd.DataFrame, b: pd.DataFrame) -> bool:
 
 
 @contextlib.contextmanager
-def loaded(engine: str, tables: list[Table]) -> Iterator[Store]:
-    """A store of the engine that holds the tables, in a folder of its own."""
+def loaded(engine: str, n_edges: int, tables: list[Table]) -> Iterator[Store]:
+    """A store of the engine that holds the tables, in a folder of its own, or as it was kept from an earlier time."""
     with contextlib.ExitStack() as stack:
         start = time.perf_counter()
+        kept = os.environ.get("BENCH_STORES")
+        temporary = tempfile.TemporaryDirectory(prefix="atlas-bench-")
+        folder = Path(kept or stack.enter_context(temporary)) / str(n_edges) / engine
         if engine == "neo4j":
-            fill = lambda home: load_neo4j(Path(home), tables)  # noqa: E731
-            server = stack.enter_context(neo4j_server.running(fill, heap=HEAP, page_cache="2g"))
-            os.environ["NEO4J_PASSWORD"] = server.password
-            store = stack.enter_context(connect(server.bolt))
+            fill = lambda home: load_neo4j(home, tables)  # noqa: E731
+            server = neo4j_server.running(fill, heap=HEAP, page_cache="2g", home=folder)
+            running = stack.enter_context(server)
+            os.environ["NEO4J_PASSWORD"] = running.password
+            store = stack.enter_context(connect(running.bolt))
             prepare(store)
             store.change("CALL db.awaitIndexes(3600)")
         else:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="atlas-bench-"))) / "store"
-            load_embedded(folder, tables)
+            if not folder.exists():
+                load_embedded(folder, tables)
             store = stack.enter_context(connect(folder))
-        print(f"{engine} loaded in {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+        print(f"{engine} ready after {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
         yield store
 
 
@@ -191,7 +212,7 @@ def compare(n_edges: int, samples: int) -> dict[str, Measured]:
     """Both engines with the same store, each measured while the other rests."""
     tables = generate(n_edges)
     about_one = about_one_thing(tables, WARM + samples)
-    with loaded("embedded", tables) as embedded, loaded("neo4j", tables) as neo4j:
+    with loaded("embedded", n_edges, tables) as embedded, loaded("neo4j", n_edges, tables) as neo4j:
         tables.clear()
         gc.collect()
         return {store.engine: measure(store, about_one) for store in (embedded, neo4j)}

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+from pyarrow import compute, csv
 
 from atlas.schema import prepare
 from atlas.store import connect
@@ -30,7 +32,7 @@ N_WIRES = 5  # into each feature
 TASKS = ["capitals", "states", "greater_than", "quotes", "plurals", "names"]
 ROWS = 100_000  # at a time on their way into an engine
 _INTEGERS = ("position", "layer", "head", "index", "n_tokens", "n_nodes", "n_edges", "n_prompts", "query", "key")
-_INTEGERS += ("start", "end", "length", "rank", "token_id")
+_INTEGERS += ("start", "end", "length", "rank", "token_id", "log2_prompts")
 _STRINGS = ("id", "prompt", "name", "site", "text", "task", "rule", "via", "label")
 _TYPES = dict.fromkeys(_INTEGERS, "int") | dict.fromkeys(_STRINGS, "string")
 _TYPES |= {"complete": "boolean", "positions": "int[]", "values": "double[]"}
@@ -60,6 +62,7 @@ def generate(n_edges: int, seed: int = 0) -> list[Table]:
     direct = _direct(nodes, n_prompts, rng)
     firings = _firings(nodes, n_prompts, rng)
     features = _features(rng)
+    features["n_prompts"] = np.bincount(_pairs(firings)[0], minlength=len(features))
     return [
         *_prompt_tables(prompts, rng),
         Table("Feature", features, "Feature"),
@@ -264,14 +267,20 @@ def _firings(nodes: pd.DataFrame, n_prompts: int, rng: np.random.Generator) -> p
     return rows.iloc[kept].reset_index(drop=True)
 
 
+def _pairs(firings: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """The feature of every pair of a prompt and a feature that fires in it, and where the pair's firings begin."""
+    pair = firings["p"].to_numpy() * _n_features() + firings["feature"].to_numpy()
+    first = np.flatnonzero(np.diff(pair, prepend=-1))
+    return firings["feature"].to_numpy()[first], first
+
+
 def _firing_tables(firings: pd.DataFrame, prompts: np.ndarray, features: np.ndarray) -> list[Table]:
     p, feature, position, value = (firings[name].to_numpy() for name in ("p", "feature", "position", "value"))
-    pair = p * _n_features() + feature
-    first = np.flatnonzero(np.diff(pair, prepend=-1))
-    rows = pd.DataFrame({"source": feature[first], "target": p[first], "max": np.maximum.reduceat(value, first)})
+    fires, first = _pairs(firings)
+    rows = pd.DataFrame({"source": fires, "target": p[first], "max": np.maximum.reduceat(value, first)})
     rows["positions"] = np.split(position, first[1:])
     rows["values"] = np.split(value, first[1:])
-    place = pair * N_TOKENS + position
+    place = (p * _n_features() + feature) * N_TOKENS + position
     begin = np.flatnonzero(np.diff(place, prepend=-2) != 1)
     length = np.diff(begin, append=len(place))
     mean = _decimals(np.add.reduceat(value, begin) / length)
@@ -398,6 +407,7 @@ def _feeds(nodes: pd.DataFrame, edges: pd.DataFrame) -> pd.DataFrame:
     )
     rows["head"] = key[first] % N_HEADS
     rows["n_prompts"] = np.add.reduceat(new | (np.diff(p, prepend=-1) != 0), first, dtype=np.int64)
+    rows["log2_prompts"] = np.log2(rows["n_prompts"]).astype(np.int64)
     rows["n_edges"] = np.diff(first, append=len(key))
     for name, values in (("weight", weight), ("share", share)):
         rows[f"total_{name}"] = np.add.reduceat(values, first)
@@ -409,10 +419,10 @@ def _wire_tables(rng: np.random.Generator) -> list[Table]:
     target = np.repeat(np.arange(2 * D_SAE, _n_features()), N_WIRES)  # nothing is wired into the first layer here
     place = target // D_SAE
     source = (place * rng.uniform(0, 1, len(target))).astype(np.int64) * D_SAE + _popular(rng, len(target))
-    rows = pd.DataFrame(
-        {"source": source, "target": target, "rank": np.tile(np.arange(1, N_WIRES + 1), len(target) // N_WIRES)}
-    )
-    rows["weight"] = _decimals(rng.normal(0, 1, len(rows)))
+    weight = _decimals(rng.normal(0, 1, len(target)))
+    order = np.lexsort((-np.abs(weight), target))
+    rows = pd.DataFrame({"source": source, "target": target, "weight": weight[order]})
+    rows["rank"] = np.tile(np.arange(1, N_WIRES + 1), len(target) // N_WIRES)
     mlp = place % 2 == 1
     through = rows[~mlp].assign(via="OV", layer=place[~mlp] // 2, head=rng.integers(0, N_HEADS, (~mlp).sum()))
     ends = ("Feature", "Feature")
@@ -473,11 +483,7 @@ def load_neo4j(home: Path, tables: list[Table]) -> None:
     arguments: list[str] = []
     for number, table in enumerate(tables):
         path = folder / f"{number}.csv"
-        header = [_header(table, name) for name in table.rows.columns]
-        for part in _parts(table.rows):
-            lists = [name for name in part.columns if _TYPES.get(name, "").endswith("[]")]
-            part = part.assign(**{name: [";".join(map(str, items.tolist())) for items in part[name]] for name in lists})
-            part.to_csv(path, index=False, header=header if not path.exists() else False, mode="a")
+        _write_csv(table, path)
         what = f"nodes={table.labels.replace(';', ':')}" if table.labels else f"relationships={_type(table)}"
         arguments.append(f"--{what}={path}")
     jars = f"{neo4j_server.CACHE / 'lib'}/*"
@@ -486,6 +492,21 @@ def load_neo4j(home: Path, tables: list[Table]) -> None:
     places = {"NEO4J_HOME": str(home), "NEO4J_CONF": str(home / "conf")}
     subprocess.run(command, check=True, cwd=home, env={**os.environ, **places}, stdout=subprocess.DEVNULL)
     shutil.rmtree(folder)
+
+
+def _write_csv(table: Table, path: Path) -> None:
+    columns = {name: _column(name, table.rows[name]) for name in table.rows.columns}
+    with path.open("wb") as file:
+        file.write((",".join(_header(table, name) for name in columns) + "\n").encode())
+        csv.write_csv(pa.table(columns), file, csv.WriteOptions(include_header=False))
+
+
+def _column(name: str, values: pd.Series) -> pa.Array:
+    if not _TYPES.get(name, "").endswith("[]"):
+        return pa.array(values, from_pandas=True)
+    ends = np.cumsum([len(items) for items in values], dtype=np.int32)
+    items = pa.array(np.concatenate(values.to_numpy())).cast(pa.string())
+    return compute.binary_join(pa.ListArray.from_arrays(np.concatenate([np.zeros(1, np.int32), ends]), items), ";")
 
 
 def _header(table: Table, name: str) -> str:

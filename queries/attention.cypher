@@ -2,7 +2,7 @@
 //
 // Parameters:
 //   circuit: circuit; e.g. "4f1c09d2a6b8e735/9/2/mlp/812/relative"; id of the circuit
-//   limit: integer 0.. = 500; e.g. 50; the most rows to return
+//   limit: integer 1.. = 500; e.g. 50; the most rows to return
 //
 // Columns, what carries the largest share first, then the strongest pairs:
 //   layer*: integer; the head's layer

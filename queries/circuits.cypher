@@ -5,7 +5,7 @@
 //   feature: feature = null; e.g. "mini/2/mlp/812"; a feature that the circuits include
 //   task: task = null; e.g. "capitals"; the prompts' task
 //   rule: paper|relative|support|top_mass = null; e.g. "relative"; the rule that kept the nodes
-//   limit: integer 0.. = 100; e.g. 20; the most rows to return
+//   limit: integer 1.. = 100; e.g. 20; the most rows to return
 //
 // Columns, most complete circuits first:
 //   circuit*: string; id of the circuit

@@ -21,6 +21,8 @@ from queries.render import FORMATS, print_frame
 from queries.summary import summary
 
 F = TypeVar("F", bound=Callable[..., Any])
+WIRING = ("wired", "used")  # questions about virtual weights
+ANY_WIRE = "MATCH ()-[w:VIRTUAL_WEIGHT]->() RETURN w.via AS via LIMIT 1"
 
 
 def format_option(command: F) -> F:
@@ -121,7 +123,10 @@ def _callback(asked: Question) -> Callable[..., None]:
                 click.echo(opened.explain(asked.cypher, **asked.check(given)))
                 return
             frame = function(opened, **given)
+            unwired = asked.name in WIRING and frame.empty and opened.read(ANY_WIRE).empty
         print_frame(frame[starred] if format == "table" else frame, format)
+        if unwired:
+            click.echo("This store has no virtual weights yet; `atlas wiring` computes them.", err=True)
         if format == "table" and len(frame) == given.get("limit"):
             click.echo(f"These are the first {len(frame)}; --limit asks for more.", err=True)
 

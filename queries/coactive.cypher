@@ -4,7 +4,7 @@
 //   feature: feature; e.g. "mini/2/mlp/812"; id of the feature
 //   task: task = null; e.g. "capitals"; prompts of this task only
 //   prompts: integer 1.. = 20; e.g. 50; how many prompts to look at, the strongest ones
-//   limit: integer 0.. = 50; e.g. 20; the most rows to return
+//   limit: integer 1.. = 50; e.g. 20; the most rows to return
 //
 // Columns, the most similar first:
 //   feature*: string; id of the other feature

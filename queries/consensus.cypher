@@ -4,7 +4,7 @@
 //   task: task; e.g. "capitals"; the prompts' task
 //   min_share: float 0..1 = 0.5; e.g. 0.8; the least share of the task's circuits
 //   rule: paper|relative|support|top_mass = null; e.g. "relative"; circuits of this rule only
-//   limit: integer 0.. = 200; e.g. 50; the most rows to return
+//   limit: integer 1.. = 200; e.g. 50; the most rows to return
 //
 // Columns, features first, the most common first:
 //   part*: string; node or edge

@@ -3,7 +3,7 @@
 // Parameters:
 //   a: group; e.g. "capitals"; id of a circuit or of a prompt, or a task: that circuit, or all circuits of that
 //   b: group; e.g. "states"; the same for the other side
-//   limit: integer 0.. = 200; e.g. 50; the most rows to return
+//   limit: integer 1.. = 200; e.g. 50; the most rows to return
 //
 // Columns, the largest change first:
 //   found*: string; in which side: only a, only b, or both

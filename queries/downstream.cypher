@@ -6,7 +6,7 @@
 //   hops: integer 1..6 = 2; e.g. 3; how many steps to go on
 //   min_share: float 0.. = 0.05; e.g. 0.1; follow edges of at least this share of their target, of either sign
 //   via: DIRECT|OV = null; e.g. "OV"; follow edges of this kind only
-//   limit: integer 0.. = 200; e.g. 50; the most rows to return
+//   limit: integer 1.. = 200; e.g. 50; the most rows to return
 //
 // Columns, nearest first and then by how many prompts show it:
 //   hop*: integer; steps from the start: 1 is driven by it, 2 by what it drives

@@ -5,7 +5,7 @@
 //   head: integer 0..; e.g. 3; the head
 //   via: OV|QK = null; e.g. "OV"; OV for what it carries only, QK for what makes it look only
 //   min_prompts: integer 1.. = 1; e.g. 3; the fewest prompts that show the pair
-//   limit: integer 0.. = 100; e.g. 20; the most rows to return
+//   limit: integer 1.. = 100; e.g. 20; the most rows to return
 //
 // Columns, those that most prompts show first:
 //   via*: string; OV where the head carries from source to target; QK where target looks at source because of the two
@@ -21,11 +21,16 @@
 // In Neo4j Browser, first:
 //   :param {layer: 2, head: 3, via: null, min_prompts: 1, limit: 20}
 
-CALL () {
-  UNWIND CASE WHEN coalesce($via, 'OV') = 'OV' THEN [$layer] ELSE [] END AS layer
-  MATCH (b:Feature {layer: layer, site: 'attn'})
-  MATCH (b)<-[r:FEEDS]-(a:Feature)
-  WHERE r.head = $head AND r.n_prompts >= $min_prompts
+// At the query's beginning both engines find these by an index.
+MATCH (a)-[r:FEEDS]->(b)
+WHERE r.layer = $layer AND r.head = $head AND r.n_prompts >= $min_prompts AND coalesce($via, 'OV') = 'OV'
+WITH a, r, b
+ORDER BY r.n_prompts DESC, abs(r.mean_weight) DESC, a.id, b.id
+LIMIT toInteger($limit)
+WITH collect(r) AS carried
+CALL (carried) {
+  UNWIND carried AS r
+  WITH startNode(r) AS a, r, endNode(r) AS b
   RETURN 'OV' AS via, a, b, r.n_prompts AS n_prompts, r.n_edges AS n_edges, r.mean_weight AS mean,
          r.mean_share AS mean_share
   UNION ALL

@@ -5,7 +5,7 @@
 //   b: feature; e.g. "mini/2/attn/140"; id of the feature that reads
 //   via: DIRECT|OV = null; e.g. "OV"; edges of this kind only
 //   head: integer 0.. = null; e.g. 3; edges through this head of B's layer only
-//   limit: integer 0.. = 200; e.g. 50; the most rows to return
+//   limit: integer 1.. = 200; e.g. 50; the most rows to return
 //
 // Columns, largest share first:
 //   prompt*: string; id of the prompt
@@ -28,8 +28,8 @@
 
 MATCH (a:Feature {id: $a})
 MATCH (b:Feature {id: $b})
-WITH a, b, COUNT { (a)<-[:OF]-() } < COUNT { (b)<-[:OF]-() } AS from_a
-// Along the edges of the one with fewer nodes.
+WITH a, b, coalesce(a.n_prompts, 0) < coalesce(b.n_prompts, 0) AS from_a
+// Along the edges of the one that fires in fewer prompts.
 CALL (a, b, from_a) {
   WITH a, b
   WHERE from_a

@@ -20,25 +20,40 @@ CALL () {
   WITH $task AS task
   WHERE task IS NOT NULL
   MATCH (p:Prompt {task: task})-[:HAS_CIRCUIT]->(c:Circuit)
-  RETURN p.task AS task, c
+  MATCH (c)-[part:INCLUDES]->(e:Error)
+  RETURN p, c, part, e
   UNION ALL
   UNWIND CASE WHEN $task IS NULL THEN [true] ELSE [] END AS everything
-  MATCH (p:Prompt)-[:HAS_CIRCUIT]->(c:Circuit)
-  RETURN p.task AS task, c
+  MATCH (e:Error)
+  MATCH (e)<-[part:INCLUDES]-(c:Circuit)
+  MATCH (c)<-[:HAS_CIRCUIT]-(p:Prompt)
+  RETURN p, c, part, e
 }
-WITH task, c
+WITH p, c, part, e
+WHERE NOT c:MultiToken AND ($rule IS NULL OR c.rule = $rule) AND c.root_value <> 0
+WITH p.task AS task, e.layer AS layer, e.site AS site, c, part.attribution / c.root_value AS share
+WITH task, layer, site, count(DISTINCT c) AS n_with, sum(share) AS share, sum(abs(share)) AS size
+WITH task, collect({layer: layer, site: site, n_with: n_with, share: share, size: size}) AS places
+CALL (task) {
+  WITH task
+  WHERE task IS NOT NULL
+  MATCH (p:Prompt {task: task})
+  RETURN p
+  UNION ALL
+  UNWIND CASE WHEN task IS NULL THEN [true] ELSE [] END AS without
+  MATCH (p:Prompt)
+  WHERE p.task IS NULL
+  RETURN p
+}
+MATCH (p)-[:HAS_CIRCUIT]->(c:Circuit)
 WHERE NOT c:MultiToken AND ($rule IS NULL OR c.rule = $rule)
-WITH task, collect(c) AS circuits, count(c) AS n_circuits
-UNWIND circuits AS c
-MATCH (c)-[part:INCLUDES]->(e:Error)
-WHERE c.root_value <> 0
-WITH task, n_circuits, e.layer AS layer, e.site AS site, c, part.attribution / c.root_value AS share
-WITH task, n_circuits, layer, site, count(DISTINCT c) AS n_with, sum(share) AS share, sum(abs(share)) AS size
+WITH task, places, count(c) AS n_circuits
+UNWIND places AS place
 RETURN task,
-       layer,
-       site,
+       place.layer AS layer,
+       place.site AS site,
        n_circuits,
-       n_with,
-       share / n_circuits AS mean_share,
-       size / n_circuits AS mean_size
+       place.n_with AS n_with,
+       place.share / n_circuits AS mean_share,
+       place.size / n_circuits AS mean_size
 ORDER BY mean_size DESC, task, layer, site

@@ -4,7 +4,7 @@
 //   task: task = null; e.g. "capitals"; the prompts' task
 //   rule: paper|relative|support|top_mass = null; e.g. "relative"; circuits of this rule only
 //   min_faithfulness: float 0.. = null; e.g. 0.8; the least faithfulness
-//   limit: integer 0.. = 100; e.g. 20; the most rows to return
+//   limit: integer 1.. = 100; e.g. 20; the most rows to return
 //
 // Columns, the most faithful first:
 //   circuit*: string; id of the circuit

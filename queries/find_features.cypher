@@ -6,7 +6,7 @@
 //   site: attn|mlp = null; e.g. "mlp"; features of this site only
 //   min_prompts: integer 0.. = 0; e.g. 5; the fewest stored prompts in which it fires
 //   max_prompts: integer 0.. = null; e.g. 50; the most stored prompts in which it fires
-//   limit: integer 0.. = 100; e.g. 20; the most rows to return
+//   limit: integer 1.. = 100; e.g. 20; the most rows to return
 //
 // Columns, those that fire in most prompts first:
 //   feature*: string; id of the feature
@@ -25,8 +25,11 @@ MATCH (f:Feature)
 WHERE ($layer IS NULL OR f.layer = $layer)
   AND ($site IS NULL OR f.site = $site)
   AND ($text IS NULL OR toLower(f.label) CONTAINS toLower($text))
-WITH f, COUNT { (f)-[:FIRES_ON]->() } AS n_prompts
+WITH f, coalesce(f.n_prompts, 0) AS n_prompts
 WHERE n_prompts >= $min_prompts AND ($max_prompts IS NULL OR n_prompts <= $max_prompts)
+WITH f, n_prompts
+ORDER BY n_prompts DESC, f.id
+LIMIT toInteger($limit)
 RETURN f.id AS feature,
        f.label AS label,
        f.layer AS layer,
@@ -36,4 +39,3 @@ RETURN f.id AS feature,
        f.density AS density,
        f.max_activation AS max_activation
 ORDER BY n_prompts DESC, feature
-LIMIT toInteger($limit)

@@ -5,8 +5,8 @@
 //   length: integer 2..3 = 2; e.g. 3; features of the motif: 2 for A -> B, 3 for A -> B -> C
 //   feature: feature = null; e.g. "mini/2/mlp/812"; motifs with this feature only: as A or B, in length 3 as B
 //   via: DIRECT|OV = null; e.g. "OV"; edges of this kind only
-//   among: integer 1.. = 300; e.g. 1000; length 3 joins this many pairs, those that most prompts show
-//   limit: integer 0.. = 50; e.g. 20; the most rows to return; length 3 counts this many chains
+//   among: integer 1..10000 = 300; e.g. 1000; length 3 joins this many pairs, those that most prompts show
+//   limit: integer 1.. = 50; e.g. 20; the most rows to return; length 3 counts this many chains
 //
 // Columns, those that most prompts show first:
 //   a*: string; id of the first feature
@@ -24,7 +24,26 @@
 // In Neo4j Browser, first:
 //   :param {min_prompts: 5, length: 2, feature: null, via: null, among: 300, limit: 20}
 
-CALL () {
+// The most common pairs of the whole store, if no feature is given: in 16 prompts or more. At a query's beginning, with
+// keys made by functions alone, both engines find them by an index; left() is null without a feature.
+MATCH (a)-[r:FEEDS]->(b)
+WHERE r.log2_prompts IN range(4, size(coalesce(left($feature, 0), '..............................')))
+  AND r.n_prompts >= $min_prompts AND ($via IS NULL OR r.via = $via)
+WITH a, r, b
+ORDER BY r.n_prompts DESC, abs(r.mean_share) DESC, a.id, b.id, r.head
+LIMIT toInteger(CASE WHEN $length = 2 THEN $limit ELSE $among END)
+WITH collect(r) AS common
+CALL (common) {
+  UNWIND common AS r
+  RETURN r, startNode(r).id AS a, endNode(r).id AS b
+  UNION ALL
+  // Where these are too few, all of them.
+  UNWIND CASE WHEN $feature IS NULL AND size(common) < CASE WHEN $length = 2 THEN $limit ELSE $among END
+              THEN [true] ELSE [] END AS more
+  MATCH (a:Feature)-[r:FEEDS]->(b:Feature)
+  WHERE r.n_prompts >= $min_prompts AND r.n_prompts < 16 AND ($via IS NULL OR r.via = $via)
+  RETURN r, a.id AS a, b.id AS b
+  UNION ALL
   WITH $feature AS id
   WHERE id IS NOT NULL
   MATCH (a:Feature {id: id})-[r:FEEDS]->(b:Feature)
@@ -33,16 +52,6 @@ CALL () {
   WITH $feature AS id
   WHERE id IS NOT NULL
   MATCH (b:Feature {id: id})<-[r:FEEDS]-(a:Feature)
-  RETURN r, a.id AS a, b.id AS b
-  UNION ALL
-  WITH $feature AS id
-  WHERE id IS NULL
-  MATCH (a:Feature)-[r:FEEDS]->(b:Feature)
-  WHERE r.n_prompts >= $min_prompts AND ($via IS NULL OR r.via = $via)
-  WITH r, a, b
-  // Ordered here as well: Neo4j then reads no more of its index than it needs.
-  ORDER BY r.n_prompts DESC, abs(r.mean_share) DESC, a.id, b.id, r.head
-  LIMIT CASE WHEN $length = 2 THEN toInteger($limit) ELSE toInteger($among) END
   RETURN r, a.id AS a, b.id AS b
 }
 WITH r, a, b

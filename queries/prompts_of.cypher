@@ -3,7 +3,7 @@
 // Parameters:
 //   feature: feature; e.g. "mini/2/mlp/812"; id of the feature
 //   task: task = null; e.g. "capitals"; prompts of this task only
-//   limit: integer 0.. = 50; e.g. 20; the most rows to return
+//   limit: integer 1.. = 50; e.g. 20; the most rows to return
 //
 // Columns, strongest first:
 //   prompt*: string; id of the prompt

@@ -3,7 +3,7 @@
 // Parameters:
 //   a: feature; e.g. "mini/0/mlp/95"; id of the feature at the key, whose token is looked at
 //   b: feature; e.g. "mini/1/mlp/140"; id of the feature at the query, whose token looks
-//   limit: integer 0.. = 200; e.g. 50; the most rows to return
+//   limit: integer 1.. = 200; e.g. 50; the most rows to return
 //
 // Columns, the strongest pairs first:
 //   prompt*: string; id of the prompt
@@ -26,8 +26,8 @@
 
 MATCH (a:Feature {id: $a})
 MATCH (b:Feature {id: $b})
-WITH a, b, COUNT { (a)<-[:OF]-() } < COUNT { (b)<-[:OF]-() } AS from_a
-// Along the edges of the one with fewer nodes.
+WITH a, b, coalesce(a.n_prompts, 0) < coalesce(b.n_prompts, 0) AS from_a
+// Along the edges of the one that fires in fewer prompts.
 CALL (a, b, from_a) {
   WITH a, b
   WHERE from_a

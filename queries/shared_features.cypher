@@ -6,7 +6,7 @@
 //   layer: integer 0.. = null; e.g. 2; features of this layer only
 //   site: attn|mlp = null; e.g. "mlp"; features of this site only
 //   rule: paper|relative|support|top_mass = null; e.g. "relative"; circuits of this rule only
-//   limit: integer 0.. = 100; e.g. 20; the most rows to return
+//   limit: integer 1.. = 100; e.g. 20; the most rows to return
 //
 // Columns, the most widely shared first:
 //   feature*: string; id of the feature
@@ -27,11 +27,14 @@ MATCH (p:Prompt {task: $task})-[:HAS_CIRCUIT]->(c:Circuit)
 WHERE $rule IS NULL OR c.rule = $rule
 WITH collect(c) AS circuits, count(DISTINCT p) AS n_task_prompts
 UNWIND circuits AS c
+CALL (c) {
+  MATCH (c)-[:ROOT]->(root:CircuitNode)
+  RETURN collect(root) AS roots
+}
 MATCH (c)-[part:INCLUDES]->(n:CircuitNode)-[:OF]->(f:Feature)
 WHERE ($layer IS NULL OR f.layer = $layer) AND ($site IS NULL OR f.site = $site)
-OPTIONAL MATCH (c)-[root:ROOT]->(n)
 WITH n_task_prompts, f, c,
-     CASE WHEN root IS NOT NULL THEN c.prompt END AS root_prompt,
+     CASE WHEN n IN roots THEN c.prompt END AS root_prompt,
      CASE WHEN c.root_value <> 0 THEN part.attribution / c.root_value END AS share
 WITH n_task_prompts, f,
      count(DISTINCT c.prompt) AS n_prompts,

@@ -3,7 +3,7 @@
 // Parameters:
 //   circuit: circuit; e.g. "4f1c09d2a6b8e735/9/2/mlp/812/relative"; id of the circuit
 //   among: integer 1.. = 100; e.g. 300; look for others by its rarest features, which fire in this many prompts in all
-//   limit: integer 0.. = 20; e.g. 50; the most rows to return
+//   limit: integer 1.. = 20; e.g. 50; the most rows to return
 //
 // Columns, the most similar first:
 //   circuit*: string; id of the other circuit
@@ -21,7 +21,7 @@
 MATCH (c:Circuit {id: $circuit})-[part:INCLUDES]->(:CircuitNode)-[:OF]->(f:Feature)
 WHERE c.root_value <> 0
 WITH c, f, sum(abs(part.attribution / c.root_value)) AS own
-WITH c, f, own, COUNT { (f)-[:FIRES_ON]->() } AS n_prompts
+WITH c, f, own, coalesce(f.n_prompts, 0) AS n_prompts
 ORDER BY n_prompts, f.id
 WITH c, sum(own) AS ours, collect(f) AS features, collect({feature: f.id, own: own}) AS mine, collect(n_prompts) AS counts
 CALL (c, features, counts) {

@@ -4,7 +4,7 @@
 //   feature: feature = null; e.g. "mini/2/mlp/812"; spans of this feature only
 //   prompt: prompt = null; e.g. "4f1c09d2a6b8e735"; spans of this prompt only
 //   min_length: integer 2.. = 2; e.g. 3; the fewest tokens
-//   limit: integer 0.. = 100; e.g. 20; the most rows to return
+//   limit: integer 1.. = 100; e.g. 20; the most rows to return
 //
 // Columns, longest first and then the strongest:
 //   span: string; id of the span

@@ -24,8 +24,8 @@
 CALL () {
   MATCH (a:Feature {id: $a})
   MATCH (b:Feature {id: $b})
-  WITH a, b, COUNT { (a)<-[:OF]-() } < COUNT { (b)<-[:OF]-() } AS from_a
-  // Along the edges of the one with fewer nodes.
+  WITH a, b, coalesce(a.n_prompts, 0) < coalesce(b.n_prompts, 0) AS from_a
+  // Along the edges of the one that fires in fewer prompts.
   CALL (a, b, from_a) {
     WITH a, b
     WHERE from_a

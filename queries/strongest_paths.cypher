@@ -5,7 +5,7 @@
 //   source: feature = null; e.g. "mini/0/mlp/95"; paths that begin at this feature, instead of at a token's embedding
 //   hops: integer 1..8 = 6; e.g. 4; the most edges of a path
 //   min_product: float 0.. = 0.005; e.g. 0.01; the least product of shares, of the path and of each of its ends
-//   limit: integer 0.. = 10; e.g. 20; how many paths
+//   limit: integer 1.. = 10; e.g. 20; how many paths
 //
 // Columns, strongest first:
 //   product*: float; product of the shares that each edge has of its target's pre-activation, with its sign

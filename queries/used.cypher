@@ -5,7 +5,7 @@
 //   feature: feature = null; e.g. "mini/2/mlp/812"; from or to this feature only
 //   via: DIRECT|OV = null; e.g. "OV"; edges of this kind only
 //   among: integer 1.. = 1000; e.g. 5000; how many pairs to look at, those that most prompts show
-//   limit: integer 0.. = 100; e.g. 20; the most rows to return
+//   limit: integer 1.. = 100; e.g. 20; the most rows to return
 //
 // Columns, those that most prompts show first; only targets whose wiring was computed:
 //   source*: string; id of the feature that writes
@@ -23,7 +23,25 @@
 // In Neo4j Browser, first:
 //   :param {show: "weak", feature: null, via: null, among: 1000, limit: 20}
 
-CALL () {
+// The most common pairs of the whole store, if no feature is given: in 16 prompts or more. At a query's beginning, with
+// keys made by functions alone, both engines find them by an index; left() is null without a feature.
+MATCH (a)-[r:FEEDS]->(b)
+WHERE r.log2_prompts IN range(4, size(coalesce(left($feature, 0), '..............................')))
+  AND ($via IS NULL OR r.via = $via)
+WITH a, r, b
+ORDER BY r.n_prompts DESC, abs(r.mean_share) DESC, a.id, b.id, r.head
+LIMIT toInteger($among)
+WITH collect(r) AS common
+CALL (common) {
+  UNWIND common AS r
+  RETURN startNode(r) AS a, r, endNode(r) AS b
+  UNION ALL
+  // Where these are too few, all of them.
+  UNWIND CASE WHEN $feature IS NULL AND size(common) < $among THEN [true] ELSE [] END AS more
+  MATCH (a:Feature)-[r:FEEDS]->(b:Feature)
+  WHERE r.n_prompts < 16 AND ($via IS NULL OR r.via = $via)
+  RETURN a, r, b
+  UNION ALL
   WITH $feature AS id
   WHERE id IS NOT NULL
   MATCH (a:Feature {id: id})-[r:FEEDS]->(b:Feature)
@@ -33,28 +51,20 @@ CALL () {
   WHERE id IS NOT NULL
   MATCH (b:Feature {id: id})<-[r:FEEDS]-(a:Feature)
   RETURN a, r, b
-  UNION ALL
-  WITH $feature AS id
-  WHERE id IS NULL
-  MATCH (a:Feature)-[r:FEEDS]->(b:Feature)
-  WHERE r.n_prompts >= 1 AND ($via IS NULL OR r.via = $via)
-  WITH a, r, b
-  // Ordered here as well: Neo4j then reads no more of its index than it needs.
-  ORDER BY r.n_prompts DESC, abs(r.mean_share) DESC, a.id, b.id, r.head
-  LIMIT toInteger($among)
-  RETURN a, r, b
 }
 WITH a, r, b, CASE WHEN r.via = 'DIRECT' THEN 'MLP' ELSE r.via END AS kind
 WHERE $via IS NULL OR r.via = $via
 WITH a, r, b, kind
 ORDER BY r.n_prompts DESC, abs(r.mean_share) DESC, a.id, b.id, r.head
 LIMIT toInteger($among)
-MATCH (b)<-[any:VIRTUAL_WEIGHT]-()
-WHERE any.via = kind
-WITH DISTINCT a, r, b, kind
-OPTIONAL MATCH (b)<-[w:VIRTUAL_WEIGHT]-(a)
-WHERE w.via = kind AND coalesce(w.head, -1) = coalesce(r.head, -1)
-WITH a, r, b, w
+// Once along the wires of every target, however many feed it.
+WITH b, collect({a: a, r: r, kind: kind}) AS feeds
+MATCH (b)<-[w:VIRTUAL_WEIGHT]-(x:Feature)
+WITH b, feeds, collect({source: x.id, via: w.via, head: coalesce(w.head, -1), weight: w.weight, rank: w.rank}) AS wires
+UNWIND feeds AS feed
+WITH feed.a AS a, feed.r AS r, b, [wire IN wires WHERE wire.via = feed.kind] AS wires
+WHERE size(wires) > 0
+WITH a, r, b, [wire IN wires WHERE wire.source = a.id AND wire.head = coalesce(r.head, -1)][0] AS w
 WHERE $show = 'all' OR w IS NULL
 RETURN a.id AS source,
        a.label AS source_label,

@@ -61,15 +61,24 @@ def missing() -> str | None:
 
 @contextlib.contextmanager
 def running(
-    fill: Callable[[Path], None] | None = None, heap: str = "768m", page_cache: str = "128m"
+    fill: Callable[[Path], None] | None = None,
+    heap: str = "768m",
+    page_cache: str = "128m",
+    home: Path | None = None,
 ) -> Iterator[Neo4jServer]:
     """A server with an empty database, stopped at the end.
 
     `fill` is called with the server's home folder before it starts, to import a database there; this needs the jars,
-    and so do `heap` and `page_cache`, the server's memory.
+    and so do `heap` and `page_cache`, the server's memory. With `home` the database is kept in this folder, and a
+    folder that has one already is not filled again.
     """
-    with _in_container() if _docker_runs() and fill is None else _from_jars(fill, heap, page_cache) as server:
-        yield server
+    with contextlib.ExitStack() as stack:
+        if _docker_runs() and fill is None:
+            yield stack.enter_context(_in_container())
+            return
+        temporary = tempfile.TemporaryDirectory(prefix="atlas-neo4j-", ignore_cleanup_errors=True)
+        home = home or Path(stack.enter_context(temporary))
+        yield stack.enter_context(_from_jars(home, fill, heap, page_cache))
 
 
 def _docker_runs() -> bool:
@@ -91,29 +100,27 @@ def _in_container() -> Iterator[Neo4jServer]:
 
 
 @contextlib.contextmanager
-def _from_jars(fill: Callable[[Path], None] | None, heap: str, page_cache: str) -> Iterator[Neo4jServer]:
+def _from_jars(home: Path, fill: Callable[[Path], None] | None, heap: str, page_cache: str) -> Iterator[Neo4jServer]:
     jars = _jars()
     with socket.socket() as first, socket.socket() as second:
         first.bind(("127.0.0.1", 0))
         second.bind(("127.0.0.1", 0))
         bolt, http = first.getsockname()[1], second.getsockname()[1]
-    with tempfile.TemporaryDirectory(prefix="atlas-neo4j-", ignore_cleanup_errors=True) as home:
-        configuration = CONFIGURATION.format(bolt=bolt, http=http, page_cache=page_cache)
-        (Path(home) / "conf").mkdir()
-        (Path(home) / "conf" / "neo4j.conf").write_text(configuration)
-        if fill is not None:
-            fill(Path(home))
-        log = Path(home) / "console.log"
-        places = [f"--home-dir={home}", f"--config-dir={home}/conf"]
-        command = [*JAVA, f"-Xmx{heap}", "-cp", f"{jars}/*", "org.neo4j.server.CommunityEntryPoint", *places]
-        with log.open("wb") as output:
-            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-        try:
-            _set_password(f"bolt://127.0.0.1:{bolt}", process, log)
-            yield Neo4jServer(f"bolt://127.0.0.1:{bolt}", f"http://127.0.0.1:{http}", PASSWORD)
-        finally:
-            process.terminate()
-            process.wait()
+    (home / "conf").mkdir(parents=True, exist_ok=True)
+    (home / "conf" / "neo4j.conf").write_text(CONFIGURATION.format(bolt=bolt, http=http, page_cache=page_cache))
+    if fill is not None and not (home / "data").exists():
+        fill(home)
+    log = home / "console.log"
+    places = [f"--home-dir={home}", f"--config-dir={home}/conf"]
+    command = [*JAVA, f"-Xmx{heap}", "-cp", f"{jars}/*", "org.neo4j.server.CommunityEntryPoint", *places]
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        _set_password(f"bolt://127.0.0.1:{bolt}", process, log)
+        yield Neo4jServer(f"bolt://127.0.0.1:{bolt}", f"http://127.0.0.1:{http}", PASSWORD)
+    finally:
+        process.terminate()
+        process.wait()
 
 
 def _jars() -> Path:
@@ -129,7 +136,7 @@ def _jars() -> Path:
 
 
 def _set_password(bolt: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Wait until the server answers, and change its first password, as it demands."""
+    """Wait until the server answers, and change its first password, as it demands, unless that was done before."""
     end = time.monotonic() + START_SECONDS
     while True:
         try:
@@ -138,6 +145,8 @@ def _set_password(bolt: str, process: subprocess.Popen[bytes], log: Path) -> Non
                 driver.session(database="system") as session,
             ):
                 session.run("ALTER CURRENT USER SET PASSWORD FROM 'neo4j' TO $new", new=PASSWORD).consume()
+            return
+        except neo4j.exceptions.AuthError:
             return
         except neo4j.exceptions.ServiceUnavailable as error:
             if process.poll() is not None or time.monotonic() > end:

@@ -17,7 +17,8 @@ KEYS = ["source", "target", "via", "layer", "head"]
 STORED = """
 MATCH (a:Feature)-[r:FEEDS]->(b:Feature)
 RETURN a.id AS source, b.id AS target, r.via AS via, r.layer AS layer, r.head AS head,
-       r.n_prompts AS n_prompts, r.n_edges AS n_edges, r.mean_weight AS mean_weight, r.mean_share AS mean_share
+       r.n_prompts AS n_prompts, r.n_edges AS n_edges, r.mean_weight AS mean_weight, r.mean_share AS mean_share,
+       r.log2_prompts AS log2_prompts
 """
 
 
@@ -33,12 +34,21 @@ def expected(prompts: list[PromptRecord]) -> pd.DataFrame:
             row = {"source": features[s], "target": features[t], "via": via, "layer": layer, "head": head}
             rows.append(row | {"weight": weight, "share": weight / (p.nodes[t].pre_activation or 1), "prompt": p.id})
     frame = pd.DataFrame(rows).dropna(subset=["source", "target"])
-    return frame.groupby(KEYS, dropna=False, as_index=False).agg(
+    feeds = frame.groupby(KEYS, dropna=False, as_index=False).agg(
         n_prompts=("prompt", "nunique"),
         n_edges=("weight", "size"),
         mean_weight=("weight", "mean"),
         mean_share=("share", "mean"),
     )
+    return feeds.assign(log2_prompts=[int(n).bit_length() - 1 for n in feeds["n_prompts"]])
+
+
+def assert_counted(store: Store, prompts: list[PromptRecord]) -> None:
+    """Every feature knows in how many prompts it fires."""
+    stored = store.read("MATCH (f:Feature) RETURN f.id AS id, coalesce(f.n_prompts, 0) AS n").set_index("id")["n"]
+    fired = pd.Series([f"{d}/{index}" for prompt in prompts for d, index in prompt.firings.features], dtype=object)
+    wanted = fired.value_counts().reindex(stored.index, fill_value=0)
+    pd.testing.assert_series_equal(stored, wanted, check_names=False, check_dtype=False)
 
 
 def assert_feeds(store: Store, prompts: list[PromptRecord]) -> None:
@@ -77,11 +87,13 @@ def test_feeds_follow_writing_replacement_and_deletion(filled: Store, prompts: l
     fewer = replace(first, direct=type(first.direct)(*(a[::2] for a in vars(first.direct).values())))
     write_prompt(filled, fewer, "run-1")
     assert_feeds(filled, [fewer, *prompts[1:]])
+    assert_counted(filled, prompts)
     write_prompt(filled, first, "run-1")
     write_prompt(filled, first, "run-1")
     assert_feeds(filled, prompts)
     delete_prompt(filled, prompts[1].id)
     assert_feeds(filled, [prompts[0], prompts[2]])
+    assert_counted(filled, [prompts[0], prompts[2]])
     assert delete_prompt(filled, "no such prompt") is False
     delete_prompt(filled, prompts[0].id)
     delete_prompt(filled, prompts[2].id)
@@ -101,8 +113,9 @@ def test_verify_finds_what_is_wrong_in_feeds(filled: Store) -> None:
     for spoil in (
         "SET r.mean_weight = r.mean_weight + 1",
         "SET r.n_prompts = r.n_prompts + 1",
+        "SET r.log2_prompts = r.log2_prompts + 1",
         "CREATE (a)-[:FEEDS {via: r.via, layer: r.layer, head: r.head, n_prompts: 0, n_edges: 0, mean_weight: 0.0, "
-        "mean_share: 0.0}]->(b)",
+        "mean_share: 0.0, log2_prompts: 0}]->(b)",
         "DELETE r",
     ):
         filled.write(lambda transaction, spoil=spoil: transaction.run(pick + spoil).consume())
@@ -116,3 +129,14 @@ def test_a_store_from_before_feeds_gets_them(filled: Store, prompts: list[Prompt
     filled.write(lambda transaction: transaction.run("MATCH (s:Schema {id: 'atlas'}) SET s.version = 1").consume())
     prepare(filled)
     assert_feeds(filled, prompts)
+
+
+def test_a_store_without_numbers_of_prompts_gets_them(filled: Store, prompts: list[PromptRecord]) -> None:
+    filled.change("MATCH ()-[r:FEEDS]->() REMOVE r.log2_prompts")
+    filled.change("MATCH (f:Feature) REMOVE f.n_prompts")
+    (features,) = [check for check in verify(filled) if check.name == "features"]
+    assert features.violations == len({feature for prompt in prompts for feature in prompt.firings.features})
+    filled.change("MATCH (s:Schema {id: 'atlas'}) SET s.version = 3")
+    prepare(filled)
+    assert_feeds(filled, prompts)
+    assert_counted(filled, prompts)

@@ -55,9 +55,10 @@ def write_some_wires(store: Store, t: Tables) -> pd.DataFrame:
         fed = fed[fed["target_feature"].str.contains(f"/1/{site}/")]
         for target, pairs in list(fed.groupby("target_feature"))[:6]:
             sources = dict.fromkeys([*pairs["source_feature"].unique()[:3], *below[:3]])
-            for rank, source in enumerate(sources, 1):
+            weights = sorted(rng.normal(size=len(sources)), key=abs, reverse=True)
+            for rank, (source, weight) in enumerate(zip(sources, weights, strict=True), 1):
                 layer, head = (1, int(rng.integers(2))) if via == "OV" else (None, None)
-                rows.append(Wire(source, target, via, layer, head, float(rng.normal()), rank))
+                rows.append(Wire(source, target, via, layer, head, float(weight), rank))
     for via in ("MLP", "OV"):
         wires = [row for row in rows if row.via == via]
         write_wires(store, via, sorted({wire.target for wire in wires}), wires)

@@ -58,6 +58,20 @@ def test_a_question_as_table_csv_and_json(run: Run, folder: tuple[Path, Filled, 
     assert table.stderr == "These are the first 2; --limit asks for more.\n"
 
 
+def test_wiring_that_was_never_computed_is_said_to_be_missing(run: Run) -> None:
+    for name in ("wired", "used"):
+        asked = run("query", name)
+        assert asked.exit_code == 0
+        assert asked.stderr == "This store has no virtual weights yet; `atlas wiring` computes them.\n"
+    assert run("query", "motifs").stderr == ""
+
+
+def test_a_limit_of_nothing_is_refused(run: Run) -> None:
+    asked = run("query", "circuits", "--limit", "0")
+    assert isinstance(asked.exception, AtlasError)
+    assert str(asked.exception) == "limit takes an integer, 1 or more, not 0."
+
+
 def test_status_counts_what_was_written(run: Run, folder: tuple[Path, Filled, pd.DataFrame]) -> None:
     path, filled, _ = folder
     rows = {row["what"]: row["value"] for row in json.loads(run("status", "--format", "json").stdout)}
