@@ -22,7 +22,7 @@ from tests.neo4j_server import Neo4jServer
 
 @pytest.fixture(scope="session", autouse=True)
 def _session() -> Iterator[None]:
-    """No settings from outside, and signals as the embedded engine's Java machine needs them.
+    """No settings from outside, one thread for commands, and signals as the embedded engine's Java machine needs them.
 
     It uses SIGSEGV for its own purposes; pytest's faulthandler would, at the end, put the handler from
     before the Java machine back, and the next such signal would kill the process.
@@ -31,6 +31,8 @@ def _session() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("ATLAS_STORE", "NEO4J_USERNAME", "NEO4J_PASSWORD", "NEO4J_PASSWORD_FILE"):
             patch.delenv(name, raising=False)
+        # Of commands that tests start, side by side on two cores: threads that spin for each other starve the rest.
+        patch.setenv("OMP_NUM_THREADS", "1")
         yield
 
 
