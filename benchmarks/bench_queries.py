@@ -190,8 +190,8 @@ def loaded(engine: str, n_edges: int, tables: list[Table]) -> Iterator[Store]:
     with contextlib.ExitStack() as stack:
         start = time.perf_counter()
         kept = os.environ.get("BENCH_STORES")
-        temporary = tempfile.TemporaryDirectory(prefix="atlas-bench-")
-        folder = Path(kept or stack.enter_context(temporary)) / str(n_edges) / engine
+        folder = Path(kept or stack.enter_context(tempfile.TemporaryDirectory(prefix="atlas-bench-")))
+        folder = folder / str(n_edges) / engine
         if engine == "neo4j":
             fill = lambda home: load_neo4j(home, tables)  # noqa: E731
             server = neo4j_server.running(fill, heap=HEAP, page_cache="2g", home=folder)

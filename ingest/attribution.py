@@ -263,9 +263,10 @@ def look_back(
     trace, W_V = model.trace, model.weights.W_V[layer]
     z = model.to_z(layer, read, rows.position).unflatten(1, (W_V.shape[0], W_V.shape[2]))
     value = centre(torch.einsum("rhe,hde->rhd", z, W_V))
-    moving = (trace.pattern[layer] / trace.sigma_pre[layer]).permute(1, 2, 0)  # [query, key, head]
-    for some in torch.arange(len(read), device=read.device).split(READS):
-        g.index_add_(0, rows.root[some], moving[rows.position[some]] @ value[some])
+    parts = (x.split(READS) for x in (rows.root, rows.position, value))
+    for root, position, some in zip(*parts, strict=True):
+        moving = trace.pattern[layer][:, position] / trace.sigma_pre[layer]  # [head, row, key]
+        g.index_add_(0, root, moving.permute(1, 2, 0) @ some)
 
 
 @dataclass(frozen=True)

@@ -31,32 +31,6 @@ UNITS = {"MB": 10**6, "GB": 10**9}
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def model_options(command: F) -> F:
-    """The options --model, --dictionaries and --layers: what is computed with."""
-    for option in (
-        click.option(
-            "--layers",
-            metavar="LAYERS",
-            callback=lambda ctx, parameter, value: None if value is None else parse_layers(value),
-            help="Take the dictionaries of these layers, such as 0-3,7, and treat the others as if they had none.",
-        ),
-        click.option(
-            "--dictionaries",
-            multiple=True,
-            metavar="NAME|DIR",
-            help="A published set or a folder of dictionaries; may be repeated.  [default: the model's own]",
-        ),
-        click.option(
-            "--model",
-            default="mini",
-            show_default=True,
-            help="mini, a model's directory, or a hub's name such as gpt2 or NAME@REVISION.",
-        ),
-    ):
-        command = option(command)
-    return command
-
-
 def parse_memory(text: str) -> int:
     """The bytes that `6GB` or `800 MB` stands for. Raises AtlasError where it stands for none."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(MB|GB)\s*", text, re.IGNORECASE)
@@ -65,28 +39,57 @@ def parse_memory(text: str) -> int:
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 
-def computing_options(command: F) -> F:
-    """The options --dtype, --device and --memory: how it is computed."""
-    for option in (
-        click.option(
-            "--memory",
-            metavar="SIZE",
-            callback=lambda ctx, parameter, value: None if value is None else parse_memory(value),
-            help="Stay within SIZE, such as 6GB: open dictionaries when they are needed, and close them again.",
-        ),
-        click.option(
-            "--device", default="cpu", show_default=True, type=click.Choice(DEVICES), help="What it is computed on."
-        ),
-        click.option(
-            "--dtype",
-            default="float32",
-            show_default=True,
-            type=click.Choice(DTYPES),
-            help="What the model computes in; the rest is computed in float32 at least.",
-        ),
-    ):
-        command = option(command)
-    return command
+def _together(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """Several options as one decorator, in their order."""
+
+    def decorate(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+# What is computed with.
+model_options = _together(
+    click.option(
+        "--model",
+        default="mini",
+        show_default=True,
+        help="mini, a model's directory, or a hub's name such as gpt2 or NAME@REVISION.",
+    ),
+    click.option(
+        "--dictionaries",
+        multiple=True,
+        metavar="NAME|DIR",
+        help="A published set or a folder of dictionaries; may be repeated.  [default: the model's own]",
+    ),
+    click.option(
+        "--layers",
+        metavar="LAYERS",
+        callback=lambda ctx, parameter, value: None if value is None else parse_layers(value),
+        help="Take the dictionaries of these layers, such as 0-3,7, and treat the others as if they had none.",
+    ),
+)
+# How it is computed.
+computing_options = _together(
+    click.option(
+        "--dtype",
+        default="float32",
+        show_default=True,
+        type=click.Choice(DTYPES),
+        help="What the model computes in; the rest is computed in float32 at least.",
+    ),
+    click.option(
+        "--device", default="cpu", show_default=True, type=click.Choice(DEVICES), help="What it is computed on."
+    ),
+    click.option(
+        "--memory",
+        metavar="SIZE",
+        callback=lambda ctx, parameter, value: None if value is None else parse_memory(value),
+        help="Stay within SIZE, such as 6GB: open dictionaries when they are needed, and close them again.",
+    ),
+)
 
 
 @click.command()

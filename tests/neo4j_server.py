@@ -76,8 +76,9 @@ def running(
         if _docker_runs() and fill is None:
             yield stack.enter_context(_in_container())
             return
-        temporary = tempfile.TemporaryDirectory(prefix="atlas-neo4j-", ignore_cleanup_errors=True)
-        home = home or Path(stack.enter_context(temporary))
+        if home is None:
+            temporary = tempfile.TemporaryDirectory(prefix="atlas-neo4j-", ignore_cleanup_errors=True)
+            home = Path(stack.enter_context(temporary))
         yield stack.enter_context(_from_jars(home, fill, heap, page_cache))
 
 
