@@ -110,6 +110,16 @@ class Store:
             keys = list(result.keys()) or returned_columns(cypher)
             return _frame(result, keys)
 
+    def read_columns(self, cypher: str, /, **parameters: Any) -> dict[str, Sequence[Any]]:
+        """The rows of a query as `read` has them, but as one sequence of plain values per returned key.
+
+        For who knows the types: pandas would look for them in every value.
+        """
+        with self._reading(cypher, parameters, size=10_000) as result:
+            keys = list(result.keys()) or returned_columns(cypher)
+            values = list(zip(*_plain_rows(result), strict=True)) or [()] * len(keys)
+            return dict(zip(keys, values, strict=True))
+
     def read_batches(self, cypher: str, /, *, size: int = 10_000, **parameters: Any) -> Iterator[pd.DataFrame]:
         """The rows of a query as DataFrames of at most `size` rows each; none when there is no row."""
         with self._reading(cypher, parameters, size) as result:
@@ -251,8 +261,11 @@ def _first_line(error: Exception) -> str:
 
 
 def _frame(rows: neo4j.Result | Sequence[neo4j.Record], keys: list[str]) -> pd.DataFrame:
-    values = [[_plain(value) for value in row.values()] for row in rows]
-    return pd.DataFrame(values, columns=pd.Index(keys, dtype=object))
+    return pd.DataFrame(_plain_rows(rows), columns=pd.Index(keys, dtype=object))
+
+
+def _plain_rows(rows: neo4j.Result | Sequence[neo4j.Record]) -> list[list[Any]]:
+    return [[_plain(value) for value in row.values()] for row in rows]
 
 
 def _plain(value: Any) -> Any:

@@ -2,10 +2,11 @@
 
 A question that finds nothing about a thing that the store does not know is a mistake of the asker, and
 is told so with the nearest ids; a store that holds no such thing at all answers with an empty table.
-Everything goes through `Store.read`, which cannot change the store.
+Everything goes through reads of `Store`, which cannot change it.
 """
 
 from collections.abc import Iterator, Mapping
+from typing import Any, cast
 
 import pandas as pd
 from rich.console import Console
@@ -38,7 +39,7 @@ def ask(store: Store, name: str, given: Mapping[str, object]) -> pd.DataFrame:
     """
     asked = question(name)
     parameters = asked.check(given)
-    frame = typed(store.read(asked.cypher, **parameters), asked)
+    frame = typed(store.read_columns(asked.cypher, **parameters), asked)
     if frame.empty:
         _refuse_unknown(store, asked, parameters)
     return frame
@@ -79,12 +80,13 @@ def _batches(
             yield typed(pd.DataFrame(columns=[column.name for column in asked.columns]), asked)
 
 
-def typed(frame: pd.DataFrame, asked: Question) -> pd.DataFrame:
-    """The frame with the question's columns and their dtypes."""
+def typed(columns: Mapping[str, Any] | pd.DataFrame, asked: Question) -> pd.DataFrame:
+    """A frame of the question's columns with their dtypes, from the values of each."""
     names = [column.name for column in asked.columns]
-    answer = frame[names].astype({column.name: _DTYPES[column.type] for column in asked.columns})
-    answer.columns = pd.Index(names)
-    return answer
+    arrays: dict[str, Any] = {
+        c.name: cast(Any, pd).array(columns[c.name], dtype=_DTYPES[c.type]) for c in asked.columns
+    }
+    return pd.DataFrame(arrays, columns=pd.Index(names), copy=False)
 
 
 def _refuse_unknown(store: Store, asked: Question, parameters: Mapping[str, Value]) -> None:
