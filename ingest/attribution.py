@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch.nn import functional
 
-from ingest.replacement import ReplacementModel, Site, centre, nonzero
+from ingest.replacement import ReplacementModel, Site, centre, nonzero, repeated
 
 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
 
@@ -43,14 +43,12 @@ def paper(threshold: Threshold) -> Keep:
 
 def relative(threshold: Threshold) -> Keep:
     """Keep |attr| >= threshold * |p_r|, both signs."""
-    return lambda attr, root_value: (attr.abs() >= _of_each(threshold, attr) * root_value.abs()[:, None]) & (attr != 0)
+    return lambda attr, root_value: attr.abs() >= _least(threshold, attr, root_value)
 
 
 def support(threshold: Threshold) -> Keep:
     """Keep attr >= threshold * |p_r| in the sign of p_r: what makes the root what it is, not what works against it."""
-    return lambda attr, root_value: (
-        (attr * root_value.sign()[:, None] >= _of_each(threshold, attr) * root_value.abs()[:, None]) & (attr != 0)
-    )
+    return lambda attr, root_value: attr * root_value.sign()[:, None] >= _least(threshold, attr, root_value)
 
 
 def top_mass(threshold: Threshold) -> Keep:
@@ -68,6 +66,12 @@ def top_mass(threshold: Threshold) -> Keep:
 def _of_each(threshold: Threshold, attr: torch.Tensor) -> torch.Tensor | float:
     """A threshold for each row of `attr`, which are those of the first roots; or the one of all."""
     return threshold[: len(attr), None] if isinstance(threshold, torch.Tensor) else threshold
+
+
+def _least(threshold: Threshold, attr: torch.Tensor, root_value: torch.Tensor) -> torch.Tensor:
+    """threshold * |p_r| of each root, and more than nothing."""
+    least = _of_each(threshold, attr) * root_value.abs()[:, None]
+    return least.clamp(min=torch.finfo(least.dtype).tiny)
 
 
 RULES: dict[str, Callable[[Threshold], Keep]] = {
@@ -190,21 +194,21 @@ def attribute(model: ReplacementModel, roots: Roots, keep: Keep) -> Attribution:
 
     def begin(layer: int) -> None:
         here = [*roots.at(layer, "mlp"), *roots.at(layer, "logit")]
+        if not here:
+            return
         g[here, roots.position[here]] += roots.read[here]
         reached[here, roots.position[here]] = True
 
     def site_attribution(
         layer: int, name: str, rows: Rows, written: torch.Tensor, bias: torch.Tensor
     ) -> tuple[Rows, torch.Tensor]:
-        site, n = model.site(layer, name), rows.n_begun
-        feature, kept, gradients = _features(site, written, rows, keep, roots.value[:n])
+        site = model.site(layer, name)
+        feature, kept, gradients = _features(site, written, rows, keep, roots.value)
         error = _products(written, site.error, rows)
-        (mlp if name == "mlp" else attn).append(
-            SiteAttribution(_padded(feature, roots), _padded(kept, roots), table(rows, error), table(rows, bias))
-        )
+        (mlp if name == "mlp" else attn).append(SiteAttribution(feature, kept, table(rows, error), table(rows, bias)))
         constants = model.constants(layer, name, site.index[gradients.place], site.position[gradients.place])
         constant.index_add_(0, gradients.root, gradients.value * constants)
-        pruned[:n] += (feature * ~kept).sum(1)
+        pruned.add_((feature * ~kept).sum(1))
         return _hand_on(site, gradients, written, rows)
 
     begin(model.n_layers)
@@ -279,26 +283,30 @@ class Gradients:
 
 
 def _features(
-    site: Site, g: Float[torch.Tensor, "row d_out"], rows: Rows, keep: Keep, value: Float[torch.Tensor, " begun"]
-) -> tuple[Float[torch.Tensor, "begun active"], Bool[torch.Tensor, "begun active"], Gradients]:
+    site: Site, g: Float[torch.Tensor, "row d_out"], rows: Rows, keep: Keep, value: Float[torch.Tensor, " root"]
+) -> tuple[Float[torch.Tensor, "root active"], Bool[torch.Tensor, "root active"], Gradients]:
     """Attributions of features, which of them are kept, and these features' gradients."""
-    counts = rows.position.new_tensor(site.counts)
+    counts, n_active = rows.position.new_tensor(site.counts), len(site.position)
     n = counts[rows.position]
     ends = functional.pad(n.cumsum(0), (1, 0))
-    row = torch.arange(len(n), device=n.device).repeat_interleave(n)
     # The features of a row are those of its position, one stretch of the site's list.
-    place = ((counts.cumsum(0) - counts)[rows.position] - ends[:-1])[row] + torch.arange(len(row), device=n.device)
-    root = rows.root[row]
+    stretch = (counts.cumsum(0) - counts)[rows.position] - ends[:-1]
+    place = repeated(stretch, n) + torch.arange(int(ends[-1]), device=n.device)
+    cell = repeated(rows.root * n_active, n) + place
     shape, empty = (len(g), site.dictionary.record.d_sae), g.new_zeros(len(place))
-    at = torch.sparse_csr_tensor(ends, site.index[place], empty, shape, device=g.device, check_invariants=False)
+    index = site.index.index_select(0, place)
+    at = torch.sparse_csr_tensor(ends, index, empty, shape, device=g.device, check_invariants=False)
     gradient = torch.sparse.sampled_addmm(at, g, site.dictionary.W_dec.T, beta=0.0).values()
     if site.norm is not None:
         gradient = gradient * site.norm[1][site.position[place]]
-    attr = g.new_zeros(len(value), len(site.position))
-    attr[root, place] = gradient * site.value[place]
-    kept = keep(attr, value)
-    (handed,) = nonzero(kept[root, place])
-    return attr, kept, Gradients(root[handed], place[handed], gradient[handed])
+    attr = g.new_zeros(len(value), n_active)
+    attr.view(-1).scatter_(0, cell, gradient)
+    attr *= site.value
+    kept = torch.zeros_like(attr, dtype=torch.bool)
+    n_begun = rows.n_begun
+    kept[:n_begun] = keep(attr[:n_begun], value[:n_begun])
+    (handed,) = nonzero(kept.view(-1).index_select(0, cell))
+    return attr, kept, Gradients(cell[handed] // max(n_active, 1), place[handed], gradient[handed])
 
 
 def _hand_on(
@@ -309,21 +317,9 @@ def _hand_on(
         return rows, written
     n_pos = len(site.counts)
     key, size = torch.unique_consecutive(gradients.root * n_pos + site.position[gradients.place], return_counts=True)
-    index, encoder = site.index[gradients.place].unique(return_inverse=True)
-    read = functional.embedding_bag(
-        encoder,
-        site.dictionary.encoder(index),
-        size.cumsum(0) - size,
-        mode="sum",
-        per_sample_weights=gradients.value,
-    )
+    read = site.dictionary.encoder_sums(site.index[gradients.place], gradients.value, size.cumsum(0) - size)
     if site.dictionary.W_skip is None:
         return Rows(key // n_pos, key % n_pos), read
     skipped = written @ site.dictionary.W_skip.T
     skipped[torch.searchsorted(rows.root * n_pos + rows.position, key)] += read
     return rows, skipped
-
-
-def _padded(part: torch.Tensor, roots: Roots) -> torch.Tensor:
-    """What the begun roots have, with zeros for the others."""
-    return functional.pad(part, (0, 0, 0, len(roots.site) - len(part)))

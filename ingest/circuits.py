@@ -169,7 +169,8 @@ def _used_features(
     for sweep in sweeps:
         used |= sweep.attribution.site(layer, site).kept.any(0)
         roots = sweep.table.at(layer, site)
-        used[at.places(sweep.table.position[roots], sweep.table.index[roots])] = True
+        if roots:
+            used[at.places(sweep.table.position[roots], sweep.table.index[roots])] = True
     return used
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError, safe_open
+from torch.nn import functional
 
 from atlas.errors import AtlasError, cause
 from atlas.records import DictionaryRecord
@@ -41,6 +42,7 @@ ACTIVATIONS = {
     "jumprelu_skip_transcoder": "jumprelu",
 }
 OPEN = "open"  # the kind of an attention site that is not replaced
+WEIGHTS = "sae_weights.safetensors"
 MEANS = "means.safetensors"
 QUALITY = "quality.json"
 TALL = 16  # features in a column where the strongest are looked for
@@ -70,8 +72,8 @@ class Dictionary:
     """One dictionary in the common form.
 
     `matrices` opens W_enc and W_dec. Where they are stored in the dtype asked for they are the file itself, mapped
-    into memory and never copied: their layout is that of the file, and encoder rows of single features are gathered
-    (`encoder`). `b_in` is b_dec where the SAE subtracts it from its input, else zero. `k` is TopK's, `threshold`
+    into memory and never copied, in the layout of the file; else a feature's encoder lies in a row, as `encoder`
+    gathers it. `b_in` is b_dec where the SAE subtracts it from its input, else zero. `k` is TopK's, `threshold`
     JumpReLU's; the other is None. `mean` is the mean activation of every feature over a corpus, and None where it was
     not measured (ingest/means.py). `layer_norm` says that it normalises its input. `W_skip` is a skip transcoder's
     linear path, and None in all others.
@@ -129,7 +131,17 @@ class Dictionary:
 
     def encoder(self, index: Int[torch.Tensor, " n"]) -> Float[torch.Tensor, "n d_in"]:
         """The encoder rows of some features."""
-        return self.W_enc.T[index]
+        return self.W_enc.T.index_select(0, index)
+
+    def encoder_sums(
+        self, index: Int[torch.Tensor, " n"], weight: Float[torch.Tensor, " n"], first: Int[torch.Tensor, " sum"]
+    ) -> Float[torch.Tensor, "sum d_in"]:
+        """Weighted sums of features' encoder rows, over the stretches of `index` that begin at `first`."""
+        rows = self.W_enc.T
+        if not rows.is_contiguous():
+            needed, index = index.unique(return_inverse=True)
+            rows = self.encoder(needed)
+        return functional.embedding_bag(index, rows, first, mode="sum", per_sample_weights=weight)
 
     @cached_property
     def constant(self) -> Float[torch.Tensor, " d_sae"]:
@@ -271,15 +283,15 @@ def load_dictionary(
         d_sae=d_sae,
         source=origin.source if origin else str(metadata.get("source") or folder.parent.name),
         revision=origin.revision if origin else str(metadata.get("revision") or "local"),
-        sha256=sha256(folder / "sae_weights.safetensors"),
+        sha256=sha256(folder / WEIGHTS),
     )
     record = replace(record, **_quality(folder, record.sha256, metadata))
     shelf = shelf or Shelf()
-    shelf.take(folder, lambda: _matrices(sae))
+    shelf.take(folder, lambda: _matrices(folder, sae))
     # The others are copied, as a view would keep the whole file open.
     b_dec, threshold = tensors["b_dec"].clone(), tensors.get("threshold")
     return Dictionary(
-        matrices=lambda: shelf.take(folder, lambda: _matrices(_load_sae(folder, like))),
+        matrices=lambda: shelf.take(folder, lambda: _matrices(folder, _load_sae(folder, like))),
         b_enc=tensors["b_enc"].clone(),
         b_in=b_dec if sae.cfg.apply_b_dec_to_input else b_dec.new_zeros(d_in),
         b_dec=b_dec,
@@ -378,8 +390,12 @@ def _check_kind(folder: Path, sae: Any, site: str) -> str:
     return architecture
 
 
-def _matrices(sae: Any) -> Matrices:
-    return Matrices(sae.W_enc.detach(), sae.W_dec.detach())
+def _matrices(folder: Path, sae: Any) -> Matrices:
+    W_enc, W_dec = sae.W_enc.detach(), sae.W_dec.detach()
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        mapped = (W_enc.device, W_enc.dtype) == (torch.device("cpu"), file.get_tensor("W_enc").dtype)
+    # What had to be copied is laid out a row a feature.
+    return Matrices(W_enc if mapped else W_enc.T.contiguous().T, W_dec)
 
 
 def _load_sae(folder: Path, like: torch.Tensor) -> Any:

@@ -26,8 +26,10 @@ def firings(replacement: ReplacementModel) -> Firings:
     value = torch.cat([site.value[site.counts[0] :] for site in sites]).double().numpy(force=True)
     widths = [site.dictionary.record.d_sae for site in sites]
     first = np.cumsum([0, *widths])  # features of all dictionaries are numbered through
-    feature = index + np.repeat(first[:-1], [len(site.index) - site.counts[0] for site in sites])
-    order = np.argsort(feature * len(replacement.trace.tokens) + position)
+    at = np.repeat(np.arange(len(sites)), [len(site.index) - site.counts[0] for site in sites])
+    feature = index + first[at]
+    # Of one feature they ascend already; whole numbers of 16 bits are sorted in one pass.
+    order = np.lexsort((index.astype(np.min_scalar_type(max(widths) - 1)), at.astype(np.min_scalar_type(len(sites)))))
     start = np.flatnonzero(np.diff(feature[order], prepend=-1))
     number = feature[order[start]]
     dictionary = np.searchsorted(first, number, side="right") - 1

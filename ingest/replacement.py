@@ -200,3 +200,10 @@ def nonzero(mask: Bool[torch.Tensor, "*n"]) -> tuple[Int[torch.Tensor, " place"]
         return mask.nonzero(as_tuple=True)
     place = np.unravel_index(np.flatnonzero(mask.numpy()), mask.shape)
     return tuple(torch.from_numpy(index) for index in place)
+
+
+def repeated(values: Int[torch.Tensor, " n"], counts: Int[torch.Tensor, " n"]) -> Int[torch.Tensor, " total"]:
+    """Each value as often as its count says; on a processor NumPy is several times as fast as torch."""
+    if values.device.type != "cpu":
+        return values.repeat_interleave(counts)
+    return torch.from_numpy(np.repeat(values.numpy(), counts.numpy()))
