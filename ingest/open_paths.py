@@ -12,16 +12,22 @@ A closed site hands nothing down. An attention feature is one row per head, whic
 
 A row never reaches positions after its own nor layers above its own. So rows are taken in blocks of like positions,
 each block no longer than its last position, and within a block from the top of the model down, so that those begun
-at a layer are the first few. P and sigma_pre are folded into W_V and A. Two layers of each row cost next to nothing:
-at the first open attention under it a row is at one query only, and under the attention of layer 0 there are only
-embeddings, which are moved once for all rows instead.
+at a layer are the first few. P and sigma_pre are folded into W_V and A. What costs are the products with W_O and W_V
+at every position, and a row is spared them where they can be done on less:
+
+    first open attention under it    the row is at one query: one product with W_O, and with W_V one a head
+    second                           g is a mixture of these few vectors: W_O is applied to them (`Mixture`)
+    attention of layer 1             W_V is applied to the sources below it, once for all rows (`low`)
+    attention of layer 0             it moves embeddings only, once for all rows (`moved`)
 """
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
+from torch.nn import functional
 
 from atlas.records import DirectEdges, OVEdges
 from ingest import edges
@@ -95,6 +101,18 @@ def edge_rows(
         yield rows, carry.down(targets.depth[rows], targets.position[rows], targets.read[rows])
 
 
+class Mixture(NamedTuple):
+    """Rows that are sums of few vectors: share @ vector is their g."""
+
+    share: Float[torch.Tensor, "row pos part"]
+    vector: Float[torch.Tensor, "row part d_model"]
+
+    @property
+    def g(self) -> Float[torch.Tensor, "row pos d_model"]:
+        """The rows."""
+        return self.share @ self.vector
+
+
 class _Carry:
     """What is frozen, folded, and the sources by depth and position."""
 
@@ -108,17 +126,22 @@ class _Carry:
         self.cells: dict[int, list[tuple[int, int, int]]] = {}
         for depth, position, start, end in zip(*cells.tolist(), (ends - counts).tolist(), ends.tolist(), strict=True):
             self.cells.setdefault(depth, []).append((position, start, end))
+        self.has_low = (
+            model.n_layers > 1 and model.attn[1].dictionary.is_open and model.mlp[0].dictionary.W_skip is None
+        )
+        self.low = self._low(sources.write[: int((sources.depth < depth_of(1, "attn")).sum())])
         self.moved = self._moved_embeddings() if model.attn[0].dictionary.is_open else []
 
     def down(
         self, depth: Int[torch.Tensor, " row"], position: Int[torch.Tensor, " row"], read: Float[torch.Tensor, "row d"]
     ) -> Float[torch.Tensor, "row source"]:
         """Rows from the top of the model down, through all layers below them."""
-        model, n_pos = self.model, int(position.max()) + 1
-        g = read.new_zeros(len(read), n_pos, read.shape[1])
+        model, n_pos, d_model = self.model, int(position.max()) + 1, read.shape[1]
+        g = read.new_zeros(len(read), n_pos, d_model)
         weight = read.new_zeros(len(read), len(self.sources.node))
         begun = [int((depth >= d).sum()) for d in range(2 * model.n_layers + 1)]  # at depth d or above
         start, spread = begun[-1], 0  # the first `spread` rows may be anywhere, the others at their positions only
+        near: Mixture | None = None  # the last of the spread rows, where they are few vectors each
         arange = partial(torch.arange, device=position.device)
         g[arange(start), position[:start]] = read[:start]
         for layer in reversed(range(model.n_layers)):
@@ -127,57 +150,78 @@ class _Carry:
             self._meet(mlp, g[:before], weight)
             if (W_skip := model.mlp[layer].dictionary.W_skip) is not None:
                 g[:before] += centre(g[:before] @ W_skip.T) / model.trace.sigma_mid[layer, :n_pos, None]
+                near = None
             new = arange(before, reading)
-            g[new, position[new]] = read[new]
+            g[new, position[new], :d_model] = read[new]
             self._meet(attn, g[:reading], weight)
             is_open = model.attn[layer].dictionary.is_open
             if is_open and layer == 0:
                 for t, moved in enumerate(self.moved[:n_pos]):
                     weight[:, : len(moved)].addmm_(g[:, t], moved.T)
             elif is_open:
-                self._pass(layer, g[:spread])
+                moved = self._moved(layer, g[:spread], near)
                 rows = arange(spread, reading)
-                g[rows] += self._first_pass(layer, g[rows, position[rows]] @ model.W_O(layer).T, position[rows], n_pos)
+                own = g[rows, position[rows]]
+                first = self._first_pass(layer, own @ model.W_O(layer).T, position[rows], n_pos)
+                g[rows] += first.g
+                at = functional.one_hot(position[rows], n_pos).to(g)[:, :, None]
+                near = Mixture(torch.cat([at, first.share], 2), torch.cat([own[:, None], first.vector], 1))
+                if layer == 1 and self.has_low:
+                    g = torch.cat([g, functional.pad(moved, (0, 0, 0, 0, 0, len(g) - spread))], 2)
+                else:
+                    g[:spread].flatten(0, 1).addmm_(moved.flatten(0, 1), self.W_V[layer].flatten(0, 1))
                 spread = reading
             elif after > reading:
                 rows = arange(reading, after)
-                g[rows] = self._first_pass(layer, read[rows], position[rows], n_pos)
+                near = self._first_pass(layer, read[rows], position[rows], n_pos)
+                g[rows, :, :d_model] = near.g
                 spread = after
         self._meet(-1, g, weight)
         return weight
 
-    def _meet(self, depth: int, g: Float[torch.Tensor, "row pos d_model"], weight: torch.Tensor) -> None:
+    def _meet(self, depth: int, g: Float[torch.Tensor, "row pos d"], weight: torch.Tensor) -> None:
         """Dot rows with the writes of the sources at a depth."""
+        write = self.low if depth < depth_of(1, "attn") else self.sources.write
         for position, start, end in self.cells.get(depth, []) if len(g) else []:
             if position < g.shape[1]:
-                weight[: len(g), start:end].addmm_(g[:, position], self.sources.write[start:end].T)
+                weight[: len(g), start:end].addmm_(g[:, position], write[start:end].T)
 
-    def _pass(self, layer: int, g: Float[torch.Tensor, "row pos d_model"]) -> None:
-        """Add to each row what open attention hands from queries to keys."""
-        n_pos, n_heads = g.shape[1], self.moving.shape[1]
-        z = g @ self.model.W_O(layer).T
-        moved = torch.empty_like(z)
-        for moving, before, after in zip(
-            self.moving[layer, :, :n_pos, :n_pos], z.chunk(n_heads, 2), moved.chunk(n_heads, 2), strict=True
-        ):
-            torch.bmm(moving.expand(len(z), -1, -1), before, out=after)
-        g.flatten(0, 1).addmm_(moved.flatten(0, 1), self.W_V[layer].flatten(0, 1))
+    def _moved(
+        self, layer: int, g: Float[torch.Tensor, "row pos d_model"], near: Mixture | None
+    ) -> Float[torch.Tensor, "row pos z"]:
+        """What open attention hands from queries to keys, before W_V; the last rows are `near`."""
+        n_pos, n_heads, W_O = g.shape[1], self.moving.shape[1], self.model.W_O(layer).T
+        far = len(g) if near is None or near.vector.shape[1] >= n_pos else len(g) - len(near.share)
+        z = g.new_empty(*g.shape[:2], W_O.shape[1])
+        torch.matmul(g[:far], W_O, out=z[:far])
+        if near is not None and far < len(g):
+            torch.bmm(near.share, near.vector @ W_O, out=z[far:])
+        # All rows of a head at once: its pattern is small, and costs more than its share row by row.
+        heads = z.unflatten(2, (n_heads, -1)).permute(2, 1, 0, 3).flatten(2)
+        moved = self.moving[layer, :, :n_pos, :n_pos] @ heads
+        return moved.unflatten(2, (len(g), W_O.shape[1] // n_heads)).permute(2, 1, 0, 3).flatten(2)
 
     def _first_pass(
         self, layer: int, z: Float[torch.Tensor, "row z"], position: Int[torch.Tensor, " row"], n_pos: int
-    ) -> Float[torch.Tensor, "row pos d_model"]:
-        """What attention hands to the keys of rows that read z at one query only, their own."""
+    ) -> Mixture:
+        """What attention hands to the keys of rows that read z at one query only, their own: a vector a head."""
         per_head = torch.einsum("rhe,hed->rhd", z.unflatten(1, (self.moving.shape[1], -1)), self.W_V[layer])
-        return self.moving[layer][:, :n_pos, position].permute(2, 1, 0) @ per_head
+        return Mixture(self.moving[layer][:, :n_pos, position].permute(2, 1, 0), per_head)
 
-    def _moved_embeddings(self) -> list[Float[torch.Tensor, "source d_model"]]:
+    def _low(self, write: Float[torch.Tensor, "n d_model"]) -> Float[torch.Tensor, "n d"]:
+        """What stands below the attention of layer 1, and beside it the same through W_V."""
+        return torch.cat([write, write @ self.W_V[1].flatten(0, 1).T], 1) if self.has_low else write
+
+    def _moved_embeddings(self) -> list[Float[torch.Tensor, "source d"]]:
         """For each query, what the first layer's attention moves there of the sources below it."""
         n = int((self.sources.depth < 0).sum())
         position = self.sources.position[:n]
         value = torch.einsum("nd,hed->nhe", self.sources.write[:n], self.W_V[0])
         return [
-            (value[: int((position <= t).sum())] * moving[:, position[position <= t]].T[:, :, None]).flatten(1)
-            @ self.model.W_O(0)
+            self._low(
+                (value[: int((position <= t).sum())] * moving[:, position[position <= t]].T[:, :, None]).flatten(1)
+                @ self.model.W_O(0)
+            )
             for t, moving in enumerate(self.moving[0].unbind(2))
         ]
 
