@@ -105,7 +105,7 @@ def of_record(prompt: PromptRecord) -> Totals:
     features = [_feature(node) for node in prompt.nodes]
     weights: dict[Path, list[float]] = defaultdict(list)
     shares: dict[Path, list[float]] = defaultdict(list)
-    for source, target, via, layer, head, weight in _edges(prompt):
+    for source, target, via, layer, head, weight in edges_of(prompt):
         a, b = features[source], features[target]
         if a is None or b is None:
             continue
@@ -164,7 +164,8 @@ def _feature(node: NodeRecord) -> str | None:
     return None if node.dictionary is None else f"{node.dictionary}/{node.index}"
 
 
-def _edges(prompt: PromptRecord) -> Iterator[tuple[int, int, str, int, int, float]]:
+def edges_of(prompt: PromptRecord) -> Iterator[tuple[int, int, str, int, int, float]]:
+    """Source, target, via, layer, head and weight of every DIRECT and OV edge; layer and head of DIRECT are -1."""
     direct, ov = prompt.direct, prompt.ov
     for s, t, weight in zip(direct.source.tolist(), direct.target.tolist(), direct.weight.tolist(), strict=True):
         yield s, t, "DIRECT", -1, -1, weight

@@ -11,7 +11,7 @@ from typing import LiteralString
 
 import neo4j
 
-from atlas import feeds
+from atlas import feeds, taskparts
 from atlas.records import SCHEMA_VERSION
 from atlas.store import Store, check_version
 
@@ -28,6 +28,7 @@ KEY_LABELS: tuple[LiteralString, ...] = (
     "CircuitNode",
     "AttentionScore",
     "Circuit",
+    "TaskPart",
 )
 PROMPT_LABELS: tuple[LiteralString, ...] = ("Token", "Span", "CircuitNode", "AttentionScore", "Circuit")
 # Name, relationship and properties of the indexes of relationships.
@@ -42,7 +43,8 @@ def prepare(store: Store) -> None:
     """Create constraints and indexes and record the version, unless this version did so already.
 
     A store of version 1 has no FEEDS yet, and gets them from its edges; one of version 2 lacks indexes, and gets them;
-    one of version 3 lacks the numbers of prompts that features and FEEDS have, and gets them.
+    one of version 3 lacks the numbers of prompts that features and FEEDS have, and gets them; one of version 4 has no
+    TaskPart yet, and gets them from its circuits.
     """
     version = check_version(store)
     if version == SCHEMA_VERSION:
@@ -50,8 +52,10 @@ def prepare(store: Store) -> None:
     store.write(_create_schema)
     if version == 1:
         feeds.rebuild(store)
-    if version is not None and version < SCHEMA_VERSION:
+    if version is not None and version < 4:
         feeds.count_prompts(store)
+    if version is not None:
+        taskparts.rebuild(store)
     store.write(_record_version)
 
 
@@ -63,6 +67,8 @@ def _create_schema(transaction: neo4j.ManagedTransaction) -> None:
         name = label.lower()
         transaction.run(f"CREATE INDEX {name}_prompt IF NOT EXISTS FOR (n:{label}) ON (n.prompt)").consume()
     transaction.run("CREATE INDEX prompt_task IF NOT EXISTS FOR (n:Prompt) ON (n.task)").consume()
+    for name in ("log2_circuits", "log2_share"):
+        transaction.run(f"CREATE INDEX {name} IF NOT EXISTS FOR (n:TaskPart) ON (n.task, n.{name})").consume()
     for name, relationship, properties in RELATIONSHIP_INDEXES:
         transaction.run(f"CREATE INDEX {name} IF NOT EXISTS FOR ()-[r:{relationship}]-() ON ({properties})").consume()
     transaction.run("CREATE INDEX score_head IF NOT EXISTS FOR (n:AttentionScore) ON (n.layer, n.head)").consume()

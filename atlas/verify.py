@@ -11,16 +11,19 @@ a number counts as a violation. Three of them measure:
 
 All may reach what TOLERANCES says of the dtype that the prompt's model computed in; what is summed over prompts of
 all dtypes may reach TOLERANCE. Checks about prompts run over batches of prompts, so that neither engine ever
-holds the whole store in one query.
+holds the whole store in one query; the parts of a task's circuits are counted here, a task at a time.
 """
 
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any, LiteralString
 
 import click
 
+from atlas import taskparts
 from atlas.cli import store_option
 from atlas.store import Store, connect
 
@@ -384,7 +387,10 @@ def verify(store: Store) -> list[Check]:
     for id, dtype in zip(traced["id"], traced["dtype"], strict=True):
         prompts.setdefault(TOLERANCES.get(dtype, TOLERANCE), []).append(str(id))
     features = [str(id) for id in store.read("MATCH (f:Feature) RETURN f.id AS id ORDER BY id")["id"]]
-    return [_ask(store, question, {TOLERANCE: features} if question.per_feature else prompts) for question in QUESTIONS]
+    found = [
+        _ask(store, question, {TOLERANCE: features} if question.per_feature else prompts) for question in QUESTIONS
+    ]
+    return [*found, _task_parts(store)]
 
 
 def _ask(store: Store, question: _Question, ids: Mapping[float, Sequence[str]]) -> Check:
@@ -408,6 +414,53 @@ def _ask(store: Store, question: _Question, ids: Mapping[float, Sequence[str]]) 
         max(worst, default=None),
         examples[0] if examples else None,
     )
+
+
+def _task_parts(store: Store) -> Check:
+    """Count the parts of each task's circuits anew, and compare with what is stored of that task."""
+    prompts = store.read("MATCH (p:Prompt) WHERE p.task IS NOT NULL RETURN p.task AS task, p.id AS id ORDER BY id")
+    tasks = {*prompts["task"], *store.read("MATCH (t:TaskPart) RETURN DISTINCT t.task AS task")["task"]}
+    checked = 0
+    residuals: list[float] = []
+    wrong: list[str] = []
+    for task in sorted(tasks):
+        counted = _counted(store, prompts.loc[prompts["task"] == task, "id"].astype(str).tolist())
+        stored: LiteralString = "MATCH (t:TaskPart {task: $task}) RETURN t.id AS id, properties(t) AS properties"
+        for rows in store.read_batches(stored, task=task):
+            for id, properties in zip(rows["id"], rows["properties"], strict=True):
+                residual = _off(taskparts.row(*counted.pop(id)), properties) if id in counted else math.inf
+                checked += 1
+                residuals += [residual] if math.isfinite(residual) else []
+                wrong += [] if residual <= TOLERANCE else [id]
+        checked += len(counted)
+        wrong += counted
+    sentence = "what the circuits of a task have in common is what a scan of the circuits gives"
+    worst = max(residuals, default=None)
+    return Check("task parts", sentence, checked, len(wrong), worst, min(wrong, default=None))
+
+
+def _counted(store: Store, prompts: Sequence[str]) -> dict[str, tuple[taskparts.Part, taskparts.Counts]]:
+    """The parts of the circuits of some prompts of one task, by their ids."""
+    counted: dict[str, tuple[taskparts.Part, taskparts.Counts]] = {}
+    for _, batch in _batches({TOLERANCE: prompts}):
+        for totals in taskparts.of_prompts(store, batch):
+            for part, counts in totals.items():
+                counted[part.id] = part, taskparts.add(counted.get(part.id, (part, {}))[1], counts)
+    return counted
+
+
+def _off(counted: Mapping[str, Any], stored: Mapping[str, Any]) -> float:
+    """How far the stored sums of shares are from those counted, relative to these, but at least to a hundredth of
+    their number; infinite where anything else differs."""
+    sums = ("total_share", "total_share_by_rule", "log2_share")
+    if stored.keys() != counted.keys() or any(stored[name] != counted[name] for name in counted if name not in sums):
+        return math.inf
+    near = {taskparts.log2_share(stored["total_share"] * x) for x in (1 - TOLERANCE, 1 + TOLERANCE)}
+    if stored["log2_share"] not in near or len(stored["rules"]) != len(stored["total_share_by_rule"]):
+        return math.inf
+    a, b = ([row["total_share"], *row["total_share_by_rule"]] for row in (stored, counted))
+    n = [counted["n_shares"], *counted["n_shares_by_rule"]]
+    return max(abs(x - y) / max(abs(y), m / 100, 1e-12) for x, y, m in zip(a, b, n, strict=True))
 
 
 def _batches(ids: Mapping[float, Sequence[str]]) -> Iterator[tuple[float, list[str]]]:

@@ -20,7 +20,7 @@ import neo4j
 import numpy as np
 from numpy.typing import NDArray
 
-from atlas import feeds, multitoken
+from atlas import feeds, multitoken, taskparts
 from atlas.errors import AtlasError
 from atlas.features import make_missing
 from atlas.records import DictionaryRecord, Kind, NodeRecord, PromptRecord, ReplacementModelRecord, RunRecord
@@ -149,6 +149,7 @@ def delete_prompt(store: Store, prompt_id: str) -> bool:
 
     def work(transaction: neo4j.ManagedTransaction) -> bool:
         feeds.change(transaction, feeds.of_stored(transaction, prompt_id), {})
+        taskparts.change(transaction, taskparts.of_stored(transaction, prompt_id), {})
         return _delete(transaction, prompt_id)
 
     return store.write(work)
@@ -167,11 +168,18 @@ def asked_before(store: Store, prompt_ids: Sequence[str]) -> dict[str, Asked]:
 
 def set_task(store: Store, prompt_id: str, task: str) -> None:
     """Give a stored prompt another task."""
-    store.change("MATCH (p:Prompt {id: $id}) SET p.task = $task", id=prompt_id, task=task)
+    cypher: LiteralString = "MATCH (p:Prompt {id: $id}) SET p.task = $task"
+
+    def work(transaction: neo4j.ManagedTransaction) -> None:
+        before = taskparts.of_stored(transaction, prompt_id)
+        transaction.run(cypher, {"id": prompt_id, "task": task}).consume()
+        taskparts.change(transaction, before, taskparts.of_stored(transaction, prompt_id))
+
+    store.write(work)
 
 
 def _write_prompt(transaction: neo4j.ManagedTransaction, prompt: PromptRecord, run_id: str) -> WriteCounts:
-    fed = feeds.of_stored(transaction, prompt.id)
+    fed, parts = feeds.of_stored(transaction, prompt.id), taskparts.of_stored(transaction, prompt.id)
     joined = multitoken.stored(transaction, prompt.id)
     replaced = _delete(transaction, prompt.id)
     _write_text(transaction, prompt, run_id)
@@ -183,6 +191,7 @@ def _write_prompt(transaction: neo4j.ManagedTransaction, prompt: PromptRecord, r
     _write_scores(transaction, prompt)
     _write_circuits(transaction, prompt)
     multitoken.restore(transaction, joined)
+    taskparts.change(transaction, parts, taskparts.of_record(prompt))
     n_edges = len(prompt.direct.weight) + len(prompt.ov.weight)
     return WriteCounts(len(prompt.nodes), n_edges, len(prompt.circuits), len(prompt.firings), replaced)
 

@@ -4,9 +4,9 @@ Of every 500 OV edges one prompt is made: 16 tokens, 130 activations of 98,304 f
 popularity falls about as 1 / rank, embeddings, errors and a logit, 100 DIRECT edges, 10 attention scores with their QK
 edges, 210 firings with their spans, and two circuits of about 30 nodes. Edges run upward in layers and forward in
 positions (DIRECT at one position), and prefer early positions and a few targets, so that in- and out-degrees are as
-skewed as the popularity of features. FEEDS is what a scan of the edges gives. Virtual weights, which no prompt adds
-to, are the same in every store. Everything is columns of numbers until it is loaded, with six decimals at most: no
-format on the way to an engine rounds them.
+skewed as the popularity of features. FEEDS is what a scan of the edges gives, and TaskPart what one of the circuits
+gives. Virtual weights, which no prompt adds to, are the same in every store. Everything is columns of numbers until it
+is loaded, with six decimals at most: no format on the way to an engine rounds them.
 """
 
 import os
@@ -23,6 +23,7 @@ from pyarrow import compute, csv
 
 from atlas.schema import prepare
 from atlas.store import connect
+from atlas.taskparts import SHARE_LOGS, Count
 from tests import neo4j_server
 
 EDGES_PER_PROMPT = 500
@@ -32,10 +33,12 @@ N_WIRES = 5  # into each feature
 TASKS = ["capitals", "states", "greater_than", "quotes", "plurals", "names"]
 ROWS = 100_000  # at a time on their way into an engine
 _INTEGERS = ("position", "layer", "head", "index", "n_tokens", "n_nodes", "n_edges", "n_prompts", "query", "key")
-_INTEGERS += ("start", "end", "length", "rank", "token_id", "log2_prompts")
-_STRINGS = ("id", "prompt", "name", "site", "text", "task", "rule", "via", "label")
+_INTEGERS += ("start", "end", "length", "rank", "token_id", "log2_prompts", "log2_circuits", "log2_share")
+_INTEGERS += ("n_circuits", "n_prompts_as_root", "n_shares")
+_STRINGS = ("id", "prompt", "name", "site", "text", "task", "rule", "via", "label", "part", "source", "target")
 _TYPES = dict.fromkeys(_INTEGERS, "int") | dict.fromkeys(_STRINGS, "string")
-_TYPES |= {"complete": "boolean", "positions": "int[]", "values": "double[]"}
+_TYPES |= {"complete": "boolean", "positions": "int[]", "values": "double[]", "rules": "string[]"}
+_TYPES |= {f"{name}_by_rule": _TYPES.get(name, "double") + "[]" for name in Count._fields}
 
 
 @dataclass(frozen=True)
@@ -63,16 +66,21 @@ def generate(n_edges: int, seed: int = 0) -> list[Table]:
     firings = _firings(nodes, n_prompts, rng)
     features = _features(rng)
     features["n_prompts"] = np.bincount(_pairs(firings)[0], minlength=len(features))
+    # What draws, in the order in which it always drew: a seed gives one store.
+    texts, circuits = _prompt_tables(prompts, rng), _circuit_tables(nodes, ov, prompts, rng)
+    scores = _score_tables(nodes, ov, prompts, rng)
+    rows = {table.name: table.rows for table in (*texts, *circuits)}
     return [
-        *_prompt_tables(prompts, rng),
+        *texts,
         Table("Feature", features, "Feature"),
         *_node_tables(nodes, prompts),
         *_firing_tables(firings, prompts, features["id"].to_numpy()),
         Table("OV", _numbered(ov, ["layer", "head", "weight", "pattern"]), ends=("CircuitNode", "CircuitNode")),
         Table("DIRECT", _numbered(direct, ["weight"]), ends=("CircuitNode", "CircuitNode")),
-        *_circuit_tables(nodes, ov, prompts, rng),
-        *_score_tables(nodes, ov, prompts, rng),
+        *circuits,
+        *scores,
         *_feeds_tables(nodes, ov, direct),
+        *_task_tables(nodes, {"OV": ov, "DIRECT": direct}, rows, features["id"].to_numpy()),
         *_wire_tables(np.random.default_rng(seed)),
     ]
 
@@ -415,6 +423,87 @@ def _feeds(nodes: pd.DataFrame, edges: pd.DataFrame) -> pd.DataFrame:
     return rows
 
 
+def _task_tables(
+    nodes: pd.DataFrame, edges: dict[str, pd.DataFrame], of: dict[str, pd.DataFrame], features: np.ndarray
+) -> list[Table]:
+    """TaskPart, as a scan of the circuits gives it: every prompt has a task, and the second half of the circuits
+    belongs to the same prompts, in order, as the first."""
+    p, names, name = nodes["p"].to_numpy(), *_names(nodes, features)
+    task = pd.Categorical(of["Prompt"]["task"], TASKS).codes.astype(np.int64)
+    n_prompts, m = len(task), len(names)
+    c, n, attribution = (of["INCLUDES"][column].to_numpy() for column in ("source", "target", "attribution"))
+    rows = _counted(task[p[n]] * m + name[n], c, n_prompts, attribution / of["Circuit"]["root_value"].to_numpy()[c])
+    rooted = np.unique((task[p] * m + name)[of["ROOT"]["target"]] * n_prompts + p[of["ROOT"]["target"]]) // n_prompts
+    rows["n_prompts_as_root"] = np.bincount(np.searchsorted(rows["key"], rooted), minlength=len(rows))
+    whole = pd.DataFrame({"n_prompts": np.bincount(task, minlength=len(TASKS)), "key": np.arange(len(TASKS)) * m})
+    whole = whole[whole["n_prompts"] > 0].assign(n_shares=0, total_share=0.0, n_prompts_as_root=0)
+    whole["n_circuits"] = 2 * whole["n_prompts"]
+    parts = [whole.assign(part="circuit"), rows.assign(part="node", source=names[rows["key"] % m])]
+    for via, found in edges.items():
+        s, t, weight = (found[column].to_numpy() for column in ("s", "t", "weight"))
+        head = found["head"].to_numpy() if via == "OV" else np.zeros(len(s), np.int64)
+        share = weight / nodes["pre_activation"].to_numpy()[t]
+        of_circuits: list[np.ndarray] = []
+        for half in range(2):
+            inside = np.zeros(len(nodes), bool)
+            inside[n[c // n_prompts == half]] = True
+            of_circuits.append(np.flatnonzero(inside[s] & inside[t]))
+        e, c_of = np.concatenate(of_circuits), np.repeat([0, n_prompts], [len(kept) for kept in of_circuits])
+        key = ((name[s] * m + name[t]) * N_HEADS + head + task[p[t]] * m * m * N_HEADS)[e]
+        rows = _counted(key, c_of + p[t[e]], n_prompts, share[e]).assign(part="edge", n_prompts_as_root=0, via=via)
+        key = rows["key"].to_numpy()
+        rows["source"], rows["target"] = names[key // N_HEADS // m % m], names[key // N_HEADS % m]
+        if via == "OV":
+            rows["layer"], rows["head"] = key // N_HEADS % m // (2 * D_SAE), key % N_HEADS
+        parts.append(rows.assign(key=key // (m * N_HEADS)))
+    begin = np.cumsum([0, *(len(rows) for rows in parts)])
+    return [_task_table(rows, m, start) for rows, start in zip(parts, begin, strict=False)]
+
+
+def _names(nodes: pd.DataFrame, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What nodes are called where the prompt does not matter, and of every node which of these it is."""
+    errors = [f"L{layer} {site} error" for layer in range(N_LAYERS) for site in ("attn", "mlp")]
+    others = [*(f"embedding @ t{position}" for position in range(N_TOKENS)), *errors, "logit of t7"]
+    kind = nodes["kind"].to_numpy()
+    name = np.where(kind == EMBEDDING, nodes["position"], N_TOKENS + nodes["rank"])
+    name = len(features) + np.where(kind == LOGIT, len(others) - 1, name)
+    return np.concatenate([features, np.array(others, dtype=object)]), np.where(kind <= MLP, nodes["feature"], name)
+
+
+def _counted(key: np.ndarray, c: np.ndarray, n_prompts: int, share: np.ndarray) -> pd.DataFrame:
+    """How many circuits and prompts have each key, of which circuit `c` % n_prompts is the prompt, and the shares."""
+    order = np.lexsort((c, c % n_prompts, key))
+    key, c = key[order], c[order]
+    new = np.diff(key, prepend=-1) != 0
+    first = np.flatnonzero(new)
+    rows = pd.DataFrame({"key": key[first], "n_shares": np.diff(first, append=len(key))})
+    for name, of in (("n_circuits", c), ("n_prompts", c % n_prompts)):
+        rows[name] = np.add.reduceat(new | (np.diff(of, prepend=-1) != 0), first, dtype=np.int64)
+    rows["total_share"] = np.add.reduceat(share[order], first)
+    return rows
+
+
+def _task_table(rows: pd.DataFrame, n_names: int, start: int) -> Table:
+    part = rows["part"].iloc[0]
+    task = np.array(TASKS, dtype=object)[rows["key"] // n_names]
+    made = rows.drop(columns="key").assign(task=task)
+    made["#"] = np.arange(start, start + len(rows))
+    if part == "circuit":
+        made["id"] = "circuits in " + task
+    elif part == "node":
+        made["id"] = '"' + made["source"] + '" in ' + task
+    else:
+        via = "L" + made["layer"].astype(str) + ".H" + made["head"].astype(str) if "head" in made else made["via"]
+        made["id"] = '"' + made["source"] + '" -> "' + made["target"] + '" ' + via + " in " + task
+    total = made["total_share"].to_numpy()
+    made["log2_circuits"] = np.frexp(made["n_circuits"])[1] - 1
+    made["log2_share"] = np.where(total == 0, SHARE_LOGS[0], np.clip(np.frexp(total)[1] - 1, *SHARE_LOGS))
+    made["rules"] = [["relative"]] * len(made)
+    for name in Count._fields:
+        made[f"{name}_by_rule"] = [[value] for value in made[name].tolist()]
+    return Table("TaskPart", made, "TaskPart")
+
+
 def _wire_tables(rng: np.random.Generator) -> list[Table]:
     target = np.repeat(np.arange(2 * D_SAE, _n_features()), N_WIRES)  # nothing is wired into the first layer here
     place = target // D_SAE
@@ -513,8 +602,8 @@ def _header(table: Table, name: str) -> str:
     """A column's heading with its type; numbers are looked up among the nodes of one key label."""
     if name == "#":
         return f":ID({table.labels.split(';')[0]})"
-    if name == "source":
+    if name == "source" and not table.labels:
         return f":START_ID({table.ends[0]})"
-    if name == "target":
+    if name == "target" and not table.labels:
         return f":END_ID({table.ends[1]})"
     return f"{name}:{_TYPES.get(name, 'double')}"

@@ -95,6 +95,14 @@ PLANTED = [
     ("faithfulness", "MATCH (c:Circuit) WHERE c.faithfulness > 0 WITH c LIMIT 1 SET c.random_necessity = 0.0 / 0.0"),
     ("features", "MATCH (f:Feature) WITH f LIMIT 1 SET f.index = 1000"),
     ("features", "MATCH (:Feature)-[e:IN]->() WITH e LIMIT 1 DELETE e"),
+    ("task parts", "MATCH (t:TaskPart {part: 'circuit'}) SET t.n_prompts = t.n_prompts + 1"),
+    ("task parts", "MATCH (t:TaskPart {part: 'edge'}) WITH t LIMIT 1 SET t.total_share = t.total_share + 0.01"),
+    ("task parts", "MATCH (t:TaskPart {part: 'edge'}) WITH t LIMIT 1 SET t.total_share_by_rule = [99.0]"),
+    ("task parts", "MATCH (t:TaskPart {part: 'edge'}) WITH t LIMIT 1 SET t.total_share_by_rule = []"),
+    ("task parts", "MATCH (t:TaskPart {part: 'node'}) WITH t LIMIT 1 SET t.n_circuits_by_rule = [99]"),
+    ("task parts", "MATCH (t:TaskPart {part: 'node'}) WITH t LIMIT 1 SET t.log2_share = t.log2_share + 1"),
+    ("task parts", "MATCH (t:TaskPart {part: 'node'}) WITH t LIMIT 1 DELETE t"),
+    ("task parts", "CREATE (:TaskPart {id: '\"x\" in gone', task: 'gone', part: 'node', source: 'x'})"),
     ("leftovers", "MATCH (p:Prompt) WITH p LIMIT 1 DETACH DELETE p"),
     ("leftovers", "CREATE (:CircuitNode:Embedding {id: 'gone/0/embedding', prompt: 'gone'})"),
     ("leftovers", "CREATE (:AttentionScore {id: 'gone/0.0/1-0', prompt: 'gone'})"),
@@ -102,7 +110,7 @@ PLANTED = [
 
 
 def test_every_check_has_something_planted() -> None:
-    assert {name for name, _ in PLANTED} == {question.name for question in QUESTIONS}
+    assert {name for name, _ in PLANTED} == {*(question.name for question in QUESTIONS), "task parts"}
 
 
 @pytest.mark.parametrize(("name", "planted"), PLANTED)

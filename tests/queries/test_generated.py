@@ -8,6 +8,7 @@ import pytest
 
 from atlas.schema import prepare
 from atlas.store import connect
+from atlas.verify import verify
 from benchmarks import bench_queries, generated
 from benchmarks.generated import Table, generate, load_embedded, load_neo4j
 from queries.catalogue import questions
@@ -40,6 +41,16 @@ def test_feeds_is_what_the_edges_give(tables: list[Table]) -> None:
     feeds = pd.concat([t.rows for t in tables if t.name == "FEEDS"]).groupby(keys, dropna=False)[wanted.columns].sum()
     pd.testing.assert_frame_equal(feeds, wanted, check_index_type=False, check_dtype=False)
     assert (wanted["n_prompts"] > 1).any()
+
+
+def test_task_parts_are_what_the_circuits_give(tables: list[Table], tmp_path: Path) -> None:
+    parts = pd.concat([t.rows for t in tables if t.name == "TaskPart"])
+    assert (parts.groupby("part")["n_circuits"].max() > 1).all()
+    assert parts["n_prompts_as_root"].max() > 0
+    load_embedded(tmp_path / "store", tables)
+    with connect(tmp_path / "store") as store:
+        (check,) = [check for check in verify(store) if check.name == "task parts"]
+    assert (check.checked, check.violations) == (len(parts), 0)
 
 
 @pytest.mark.neo4j
