@@ -13,6 +13,7 @@ from typing import NoReturn
 import pytest
 from playwright.sync_api import Browser, sync_playwright
 
+from atlas import embedded
 from atlas.schema import prepare
 from atlas.store import Store, connect
 from atlas.views import chromium
@@ -33,6 +34,7 @@ def _session() -> Iterator[None]:
             patch.delenv(name, raising=False)
         # Of commands that tests start, side by side on two cores: threads that spin for each other starve the rest.
         patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setattr(embedded, "JVM_ARGS", [*embedded.JVM_ARGS, *neo4j_server.BRIEF])
         yield
 
 
@@ -41,7 +43,7 @@ def neo4j_real() -> Iterator[Neo4jServer]:
     """A running Neo4j; NEO4J_PASSWORD is set to its password for the rest of the session."""
     if reason := neo4j_server.missing():
         _go_without("neo4j", reason)
-    with neo4j_server.running() as server, pytest.MonkeyPatch.context() as patch:
+    with neo4j_server.running(options=neo4j_server.BRIEF) as server, pytest.MonkeyPatch.context() as patch:
         patch.setenv("NEO4J_PASSWORD", server.password)
         yield server
 

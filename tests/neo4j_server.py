@@ -13,7 +13,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,7 @@ JAVA = [
     "--add-opens=java.base/sun.nio.ch=ALL-UNNAMED",
     "--add-opens=java.base/java.util.concurrent=ALL-UNNAMED",
 ]
+BRIEF = ["-XX:TieredStopAtLevel=1"]  # of minutes, in which the best code costs more time than it saves
 CONFIGURATION = """\
 server.bolt.listen_address=127.0.0.1:{bolt}
 server.bolt.advertised_address=127.0.0.1:{bolt}
@@ -65,12 +66,13 @@ def running(
     heap: str = "768m",
     page_cache: str = "128m",
     home: Path | None = None,
+    options: Sequence[str] = (),
 ) -> Iterator[Neo4jServer]:
     """A server with an empty database, stopped at the end.
 
     `fill` is called with the server's home folder before it starts, to import a database there; this needs the jars,
-    and so do `heap` and `page_cache`, the server's memory. With `home` the database is kept in this folder, and a
-    folder that has one already is not filled again.
+    and so do `heap` and `page_cache`, the server's memory, and Java's `options`. With `home` the database is kept in
+    this folder, and a folder that has one already is not filled again.
     """
     with contextlib.ExitStack() as stack:
         if _docker_runs() and fill is None:
@@ -79,7 +81,7 @@ def running(
         if home is None:
             temporary = tempfile.TemporaryDirectory(prefix="atlas-neo4j-", ignore_cleanup_errors=True)
             home = Path(stack.enter_context(temporary))
-        yield stack.enter_context(_from_jars(home, fill, heap, page_cache))
+        yield stack.enter_context(_from_jars(home, fill, heap, page_cache, options))
 
 
 def _docker_runs() -> bool:
@@ -101,7 +103,9 @@ def _in_container() -> Iterator[Neo4jServer]:
 
 
 @contextlib.contextmanager
-def _from_jars(home: Path, fill: Callable[[Path], None] | None, heap: str, page_cache: str) -> Iterator[Neo4jServer]:
+def _from_jars(
+    home: Path, fill: Callable[[Path], None] | None, heap: str, page_cache: str, options: Sequence[str]
+) -> Iterator[Neo4jServer]:
     jars = _jars()
     with socket.socket() as first, socket.socket() as second:
         first.bind(("127.0.0.1", 0))
@@ -113,7 +117,7 @@ def _from_jars(home: Path, fill: Callable[[Path], None] | None, heap: str, page_
         fill(home)
     log = home / "console.log"
     places = [f"--home-dir={home}", f"--config-dir={home}/conf"]
-    command = [*JAVA, f"-Xmx{heap}", "-cp", f"{jars}/*", "org.neo4j.server.CommunityEntryPoint", *places]
+    command = [*JAVA, *options, f"-Xmx{heap}", "-cp", f"{jars}/*", "org.neo4j.server.CommunityEntryPoint", *places]
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
     try:

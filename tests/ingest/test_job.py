@@ -1,5 +1,7 @@
 """Ingestion jobs as a user runs them: stored once, resumed after a kill, replaced when more is asked."""
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -10,7 +12,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from atlas.cli import atlas as command
+from atlas.cli import atlas as group
+from atlas.cli import main
 from atlas.errors import AtlasError
 from atlas.store import Store, connect
 from atlas.verify import verify
@@ -23,6 +26,7 @@ from queries.summary import summary
 from tests.graph import graph_in, graph_of
 from tests.ingest.models import N_CTX, write_random
 
+ATLAS = [sys.executable, "-m", "tests.ingest.atlas_main"]
 TEXTS = ["The capital of Texas is", "Mary and John said", "The old house in Paris", "France is the old"]
 
 
@@ -210,23 +214,26 @@ def fires(setup, feature):
 def test_kill_and_resume_equals_an_undisturbed_run(tmp_path, directory, setup):
     """kill -9 while prompts are being written, then the same command again."""
     file = tmp_path / "prompts.txt"
-    file.write_text("\n".join(f"{text} {word}" for text in TEXTS for word in ("old", "said", "is", "in", "the")))
-    args = [sys.executable, "-m", "tests.ingest.atlas_main", "ingest", str(file), "--model", str(directory)]
+    file.write_text("\n".join(f"{text} {word}" for text in TEXTS for word in ("old", "said", "is")))
+    args = ["ingest", str(file), "--model", str(directory), "--roots", "logits"]
     killed = tmp_path / "killed"
-    process = subprocess.Popen([*args, "--store", str(killed)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [*ATLAS, *args, "--store", str(killed)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
     kill_after(process, 4)
     assert process.wait() == -signal.SIGKILL
     with connect(killed) as store:
         done = store.read("MATCH (p:Prompt) RETURN count(p) AS n, sum(CASE WHEN p.complete THEN 1 ELSE 0 END) AS whole")
-        assert 0 < done["n"][0] < 20
+        assert 0 < done["n"][0] < 12
         assert done["n"][0] == done["whole"][0]
         runs = summary(store).query("what == 'run'")["value"]
         assert len(runs) == 1
         assert ", interrupted, " in runs.iloc[0]
-    subprocess.run([*args, "--store", str(killed)], check=True, capture_output=True)
-    subprocess.run([*args, "--store", str(tmp_path / "undisturbed")], check=True, capture_output=True)
+    for store in (killed, tmp_path / "undisturbed"):
+        status, printed = atlas(*args, "--store", str(store))
+        assert status == 0, printed
     ids = [task.id for task in prepare_tasks(setup, prompts(file.read_text().split("\n")), False, no_complaint)]
-    assert len(ids) == 20
+    assert len(ids) == 12
     graphs = []
     for folder, statuses in (("killed", ["interrupted", "finished"]), ("undisturbed", ["finished"])):
         with connect(tmp_path / folder) as store:
@@ -234,7 +241,7 @@ def test_kill_and_resume_equals_an_undisturbed_run(tmp_path, directory, setup):
             assert runs["status"].tolist() == statuses
             assert [check.name for check in verify(store) if check.violations] == []
             graphs.append([graph_in(store, id) for id in ids])
-            assert store.read("MATCH (p:Prompt) RETURN count(p) AS n")["n"][0] == 20
+            assert store.read("MATCH (p:Prompt) RETURN count(p) AS n")["n"][0] == 12
     assert_same(graphs[0], graphs[1])
 
 
@@ -267,7 +274,7 @@ def test_ctrl_c_ends_cleanly(tmp_path, directory):
     file = tmp_path / "prompts.txt"
     words = ("old", "said", "is", "in", "the")  # so many prompts that it is never through before the signal comes
     file.write_text("\n".join(f"{text} {a} {b} {c}" for text in TEXTS for a in words for b in words for c in words))
-    args = [sys.executable, "-m", "tests.ingest.atlas_main", "ingest", str(file), "--model", str(directory)]
+    args = [*ATLAS, "ingest", str(file), "--model", str(directory), "--roots", "logits"]
     process = subprocess.Popen([*args, "--store", str(tmp_path / "s")], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stderr
     for line in process.stderr:
@@ -286,16 +293,23 @@ def test_ctrl_c_ends_cleanly(tmp_path, directory):
 # Bad input, through the command line
 
 
-def atlas(*args: str, stdin: str | bytes | None = None) -> tuple[int, str]:
-    """Exit status and everything printed by `atlas ARGS`, in a process of its own."""
-    data = stdin.encode() if isinstance(stdin, str) else stdin
-    done = subprocess.run(
-        [Path(sys.executable).with_name("atlas"), *args], input=data, capture_output=True, check=False
-    )
-    return done.returncode, (done.stdout + done.stderr).decode()
+def atlas(*args: str, stdin: str | bytes = b"") -> tuple[int, str]:
+    """Exit status and everything printed by `atlas ARGS`."""
+    data = io.BytesIO(stdin.encode() if isinstance(stdin, str) else stdin)
+    printed = io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(printed),
+    ):
+        patch.setattr(sys, "argv", ["atlas", *args])
+        patch.setattr(sys, "stdin", io.TextIOWrapper(data))
+        with pytest.raises(SystemExit) as ended:
+            main()
+    return ended.value.code, printed.getvalue()
 
 
-def refused(tmp_path, directory, *args: str, stdin: str | bytes | None = None) -> str:
+def refused(tmp_path, directory, *args: str, stdin: str | bytes = b"") -> str:
     store = tmp_path / "store"
     status, printed = atlas("ingest", *args, "--model", str(directory), "--store", str(store), stdin=stdin)
     assert status == 2, printed
@@ -392,7 +406,7 @@ def test_damaged_weights_and_misfits(tmp_path, directory):
 
 
 def test_help_is_quick_and_lists_the_command():
-    result = CliRunner().invoke(command, ["--help"])
+    result = CliRunner().invoke(group, ["--help"])
     assert result.exit_code == 0
     assert "ingest" in result.output
     loaded = subprocess.run(
@@ -402,7 +416,8 @@ def test_help_is_quick_and_lists_the_command():
 
 
 def test_progress_is_silent_in_a_pipe(tmp_path, directory):
-    status, printed = atlas("ingest", "--text", TEXTS[0], "--model", str(directory), "--store", str(tmp_path / "s"))
-    assert status == 0
+    args = ["ingest", "--text", TEXTS[0], "--model", str(directory), "--store", str(tmp_path / "s")]
+    done = subprocess.run([Path(sys.executable).with_name("atlas"), *args], capture_output=True, text=True, check=True)
+    printed = done.stdout + done.stderr
     assert len(printed.strip().splitlines()) == 1, printed
     assert "1 prompt" in printed

@@ -62,7 +62,7 @@ def test_both_engines_answer_alike(tables: list[Table], tmp_path: Path, monkeypa
     asks += list(bench_queries.WHOLE_STORE.items())
     assert {name.split()[0].strip(",") for name, _ in asks} == set(questions())
     load_embedded(tmp_path / "store", tables)
-    with neo4j_server.running(lambda home: load_neo4j(home, tables)) as server:
+    with neo4j_server.running(lambda home: load_neo4j(home, tables), options=neo4j_server.BRIEF) as server:
         monkeypatch.setenv("NEO4J_PASSWORD", server.password)
         with connect(tmp_path / "store") as embedded, connect(server.bolt) as neo4j:
             prepare(neo4j)
