@@ -22,38 +22,33 @@
 // In Neo4j Browser, first:
 //   :param {task: "capitals", min_share: 0.5, rule: "relative", limit: 50}
 
-MATCH (:Prompt {task: $task})-[:HAS_CIRCUIT]->(c:Circuit)
-WHERE NOT c:MultiToken AND ($rule IS NULL OR c.rule = $rule)
-WITH collect(c) AS circuits, count(c) AS n_all
-CALL (circuits) {
-  UNWIND circuits AS c
-  MATCH (c)-[part:INCLUDES]->(:CircuitNode)-[:OF]->(f:Feature)
-  WITH f, c, CASE WHEN c.root_value <> 0 THEN part.attribution / c.root_value ELSE 0.0 END AS share
-  RETURN 'node' AS part, f, null AS g, null AS via, null AS layer, null AS head,
-         count(DISTINCT c) AS n_circuits, sum(share) AS share
-  UNION ALL
-  UNWIND circuits AS c
-  MATCH (c)-[:INCLUDES]->(n:CircuitNode)
-  WITH c, collect(n) AS members
-  UNWIND members AS t
-  MATCH (t)<-[e:DIRECT|OV]-(s:CircuitNode)
-  WHERE s IN members
-  MATCH (s)-[:OF]->(f:Feature)
-  MATCH (t)-[:OF]->(g:Feature)
-  WITH f, g, c, e, CASE WHEN t.pre_activation <> 0 THEN e.weight / t.pre_activation ELSE 0.0 END AS share
-  RETURN 'edge' AS part, f, g, type(e) AS via, e.layer AS layer, e.head AS head,
-         count(DISTINCT c) AS n_circuits, sum(share) AS share
-}
-WITH n_all, part, f, g, via, layer, head, n_circuits, share
-WHERE n_circuits >= $min_share * n_all
-RETURN part,
+// What the task's circuits have in common is stored: see TaskPart in docs/SCHEMA.md.
+MATCH (t:TaskPart {id: 'circuits in ' + $task})
+WITH t.log2_circuits AS most, reduce(n = 0, i IN range(0, size(t.rules) - 1) |
+       n + CASE WHEN $rule IS NULL OR t.rules[i] = $rule THEN t.n_circuits_by_rule[i] ELSE 0 END) AS n_all
+WITH n_all, most, $min_share * n_all AS least
+UNWIND range(CASE WHEN least >= 1 THEN toInteger(floor(log(least) / log(2) - 1e-9)) ELSE 0 END, most) AS k
+MATCH (t:TaskPart {task: $task, log2_circuits: k})
+WHERE t.part <> 'circuit'
+WITH n_all, least, t,
+     reduce(n = 0, i IN range(0, size(t.rules) - 1) |
+       n + CASE WHEN $rule IS NULL OR t.rules[i] = $rule THEN t.n_circuits_by_rule[i] ELSE 0 END) AS n_circuits,
+     reduce(sum = 0.0, i IN range(0, size(t.rules) - 1) |
+       sum + CASE WHEN $rule IS NULL OR t.rules[i] = $rule THEN t.total_share_by_rule[i] ELSE 0.0 END) AS share
+WHERE n_circuits > 0 AND n_circuits >= least
+MATCH (f:Feature {id: t.source})
+// Not null: the embedded engine would look for that among all features.
+OPTIONAL MATCH (g:Feature {id: coalesce(t.target, '')})
+WITH n_all, t, n_circuits, share, f, g
+WHERE t.part = 'node' OR g IS NOT NULL
+RETURN t.part AS part,
        f.id AS source,
        f.label AS source_label,
        g.id AS target,
        g.label AS target_label,
-       via,
-       layer,
-       head,
+       t.via AS via,
+       t.layer AS layer,
+       t.head AS head,
        n_circuits,
        toFloat(n_circuits) / n_all AS share_of_circuits,
        share / n_circuits AS mean_share

@@ -1,4 +1,4 @@
-// Which features are part of the circuits of many of a task's prompts?
+// Which features are part of the circuits of many of a task's prompts (multi-token circuits aside)?
 //
 // Parameters:
 //   task: task; e.g. "capitals"; the prompts' task
@@ -23,25 +23,27 @@
 // In Neo4j Browser, first:
 //   :param {task: "capitals", min_share_of_prompts: 0.5, layer: null, site: null, rule: "relative", limit: 20}
 
-MATCH (p:Prompt {task: $task})-[:HAS_CIRCUIT]->(c:Circuit)
-WHERE $rule IS NULL OR c.rule = $rule
-WITH collect(c) AS circuits, count(DISTINCT p) AS n_task_prompts
-UNWIND circuits AS c
-CALL (c) {
-  MATCH (c)-[:ROOT]->(root:CircuitNode)
-  RETURN collect(root) AS roots
-}
-MATCH (c)-[part:INCLUDES]->(n:CircuitNode)-[:OF]->(f:Feature)
+// What the task's circuits have in common is stored: see TaskPart in docs/SCHEMA.md.
+MATCH (t:TaskPart {id: 'circuits in ' + $task})
+WITH t.log2_circuits AS most, CASE WHEN $rule IS NULL THEN t.n_prompts ELSE
+       reduce(n = 0, i IN range(0, size(t.rules) - 1) |
+         n + CASE WHEN t.rules[i] = $rule THEN t.n_prompts_by_rule[i] ELSE 0 END) END AS n_task_prompts
+WITH n_task_prompts, most, $min_share_of_prompts * n_task_prompts AS least
+// Each of these prompts has a circuit that includes the feature.
+UNWIND range(CASE WHEN least >= 1 THEN toInteger(floor(log(least) / log(2) - 1e-9)) ELSE 0 END, most) AS k
+MATCH (t:TaskPart {task: $task, log2_circuits: k})
+WHERE t.part = 'node'
+WITH n_task_prompts, least, t, CASE WHEN $rule IS NULL THEN [
+       t.n_circuits, t.n_prompts, t.n_prompts_as_root, t.n_shares, t.total_share
+     ] ELSE [i IN range(0, size(t.rules) - 1) WHERE t.rules[i] = $rule | [
+       t.n_circuits_by_rule[i], t.n_prompts_by_rule[i], t.n_prompts_as_root_by_rule[i], t.n_shares_by_rule[i],
+       t.total_share_by_rule[i]
+     ]][0] END AS sums
+WITH n_task_prompts, least, t, sums[0] AS n_circuits, sums[1] AS n_prompts, sums[2] AS n_prompts_as_root,
+     CASE WHEN sums[3] > 0 THEN sums[4] / sums[3] END AS mean_share
+WHERE n_prompts >= least
+MATCH (f:Feature {id: t.source})
 WHERE ($layer IS NULL OR f.layer = $layer) AND ($site IS NULL OR f.site = $site)
-WITH n_task_prompts, f, c,
-     CASE WHEN n IN roots THEN c.prompt END AS root_prompt,
-     CASE WHEN c.root_value <> 0 THEN part.attribution / c.root_value END AS share
-WITH n_task_prompts, f,
-     count(DISTINCT c.prompt) AS n_prompts,
-     count(DISTINCT root_prompt) AS n_prompts_as_root,
-     count(DISTINCT c) AS n_circuits,
-     avg(share) AS mean_share
-WHERE n_prompts >= $min_share_of_prompts * n_task_prompts
 RETURN f.id AS feature,
        f.label AS label,
        f.layer AS layer,

@@ -7,9 +7,15 @@ import pytest
 
 import queries
 from atlas.errors import AtlasError
+from atlas.multitoken import write_multitoken
+from atlas.store import Store
+from queries.ask import ask, typed
+from queries.catalogue import question
 from tests.queries import expected
 from tests.queries.conftest import Filled, write_some_wires
+from tests.queries.scans import SCANS
 from tests.queries.test_answers import ALL, assert_answer, assert_falls
+from tests.synthetic import synthetic_multitoken, synthetic_prompt
 
 
 def most_common(filled: Filled, layer: int) -> str:
@@ -172,6 +178,35 @@ def test_diff(filled: Filled) -> None:
     refused = f"There is no circuit, prompt or task '{task}x' in the store; nearest: {task}"
     with pytest.raises(AtlasError, match=refused):
         queries.diff(store, other, task + "x")
+
+
+def assert_scan(store: Store, name: str, **given: object) -> int:
+    """The answer is that of a scan of the circuits, row by row and in order; returns how many rows."""
+    answer = ask(store, name, given)
+    asked = question(name)
+    scanned = typed(store.read(SCANS[name], **asked.check(given)), asked)
+    pd.testing.assert_frame_equal(answer, scanned, rtol=1e-9, atol=1e-12)
+    return len(answer)
+
+
+def test_questions_about_tasks_are_a_scan_of_their_circuits(filled: Filled) -> None:
+    store, (task, other), rules = filled.store, filled.tasks, filled.rules
+    paired = store.read("MATCH (:Prompt {task: $task})-[:HAS_CIRCUIT]->(c:Circuit) RETURN c.id AS id", task=task)
+    write_multitoken(store, [synthetic_multitoken(synthetic_prompt(0, 4, 3, 0.4))])
+    after = store.read("MATCH (:Prompt {task: $task})-[:HAS_CIRCUIT]->(c:Circuit) RETURN c.id AS id", task=task)
+    assert len(after) == len(paired) + 1, "a multi-token circuit, which must not count"
+    for rule in (None, *rules, "top_mass"):
+        for share in (0.0, 0.2, 0.5, 1.0):
+            n_rows = assert_scan(store, "consensus", task=task, min_share=share, rule=rule, limit=ALL)
+            assert_scan(store, "consensus", task=task, min_share=share, rule=rule, limit=7)
+            n_rows += assert_scan(
+                store, "shared_features", task=task, min_share_of_prompts=share, rule=rule, layer=1, limit=ALL
+            )
+            assert (n_rows > 0) == (rule != "top_mass") or share == 1.0
+    prompt, circuit = filled.tables.circuits[["prompt", "circuit"]].iloc[0]
+    for a, b in ((task, other), (other, task), (task, task), (task, prompt), (circuit, other)):
+        for limit in (1, 5, 60, ALL):
+            assert assert_scan(store, "diff", a=a, b=b, limit=limit) > 0
 
 
 def test_similar_circuits(filled: Filled) -> None:
