@@ -121,19 +121,24 @@ RETURN prompt, u.id AS source, v.id AS target, type(e) AS via, coalesce(e.layer,
        coalesce(e.head, -1) AS head, e.weight AS weight
 """
 # Two writers of one task wait for each other here: until the first is through, the other does not read.
-_WAIT: LiteralString = "MERGE (t:TaskPart {id: $id}) SET t.task = $task"
-_READ: LiteralString = "UNWIND $ids AS id MATCH (t:TaskPart {id: id}) RETURN id, properties(t) AS properties"
+_WAIT: LiteralString = "MERGE (t:TaskPart {id: $id}) SET t.task = $task, t.part = 'circuit'"
 _NAMES: tuple[LiteralString, ...] = ("n_circuits", "n_prompts", "n_prompts_as_root", "n_shares", "total_share")
-_PROPERTIES: tuple[LiteralString, ...] = (
-    *("id", "task", "part", "source", "target", "via", "layer", "head", "log2_circuits", "log2_share", "rules"),
-    *_NAMES,
-    *(name + "_by_rule" for name in _NAMES),
+_BY_RULE: tuple[LiteralString, ...] = tuple(name + "_by_rule" for name in _NAMES)
+_SUMS: tuple[LiteralString, ...] = ("log2_circuits", "log2_share", "rules", *_NAMES, *_BY_RULE)
+_OF_PART: tuple[LiteralString, ...] = ("task", "part", "source", "target", "via", "layer", "head")
+_FIND: LiteralString = "MATCH (t:TaskPart {id: row.id}) "
+_READ: LiteralString = "UNWIND $ids AS id MATCH (t:TaskPart {id: id}) RETURN id, " + ", ".join(
+    "t." + name + " AS " + name for name in ("rules", *_NAMES, *_BY_RULE)
 )
 _CREATE: LiteralString = (
-    "UNWIND $rows AS row CREATE (t:TaskPart {" + ", ".join(name + ": row." + name for name in _PROPERTIES) + "})"
+    "UNWIND $rows AS row CREATE (t:TaskPart {"
+    + ", ".join(name + ": row." + name for name in ("id", *_OF_PART, *_SUMS))
+    + "})"
 )
-_SET: LiteralString = "UNWIND $rows AS row MATCH (t:TaskPart {id: row.id}) SET t += row"
-_DELETE: LiteralString = "UNWIND $rows AS row MATCH (t:TaskPart {id: row.id}) DETACH DELETE t"
+_SET: LiteralString = (
+    "UNWIND $rows AS row " + _FIND + "SET " + ", ".join("t." + name + " = row." + name for name in _SUMS)
+)
+_DELETE: LiteralString = "UNWIND $rows AS row " + _FIND + "DETACH DELETE t"
 
 
 def of_record(prompt: PromptRecord) -> Totals:
@@ -173,11 +178,11 @@ def change(transaction: neo4j.ManagedTransaction, removed: Totals, added: Totals
     for start in range(0, len(parts), ROWS_PER_STATEMENT):
         batch = {part.id: part for part in parts[start : start + ROWS_PER_STATEMENT]}
         found = transaction.run(_READ, {"ids": list(batch)})
-        there = {record["id"]: counts_in(record["properties"]) for record in found}
+        there = {record["id"]: counts_in(record.data()) for record in found}
         rows = {id: row(part, add(there.get(id, {}), changes[part])) for id, part in batch.items()}
         old = [row for id, row in rows.items() if id in there]
         _send(transaction, _CREATE, [row for id, row in rows.items() if id not in there])
-        _send(transaction, _SET, [row for row in old if row["rules"]])
+        _send(transaction, _SET, [{name: row[name] for name in ("id", *_SUMS)} for row in old if row["rules"]])
         _send(transaction, _DELETE, [{"id": row["id"]} for row in old if not row["rules"]])
 
 
@@ -209,8 +214,8 @@ def row(part: Part, counts: Counts) -> Row:
 
 def counts_in(properties: Mapping[str, Any]) -> Counts:
     """The counts in the properties of a stored part."""
-    rules = properties.get("rules", [])
-    if not rules:
+    rules = properties["rules"]
+    if rules is None:
         return {}
     by_rule = zip(*(properties[f"{name}_by_rule"] for name in _NAMES), strict=True)
     counts: Counts = {rule: Count(*numbers) for rule, numbers in zip(rules, by_rule, strict=True)}
