@@ -100,7 +100,7 @@ WHERE p.task IS NOT NULL AND NOT c:MultiToken
 MATCH (c)-[:ROOT]->(root:CircuitNode)
 MATCH (c)-[i:INCLUDES]->(n:CircuitNode)
 RETURN p.id AS prompt, p.task AS task, c.rule AS rule, c.root_value AS root_value, root.id AS root,
-       c.id AS circuit, collect(n.id) AS nodes, collect(i.attribution) AS attributions
+       c.id AS circuit, collect(n.id) AS nodes, collect(coalesce(i.attribution, 0.0)) AS attributions
 """
 _NODES: LiteralString = """
 UNWIND $prompts AS prompt
@@ -247,15 +247,15 @@ def _by_prompt(rows: pd.DataFrame) -> defaultdict[str, list[Row]]:
 
 
 def _of_rows(circuits: Sequence[Row], nodes: Sequence[Row], edges: Sequence[Row]) -> Totals:
-    return _totals(
-        circuits[0]["task"],
-        [
-            _Circuit(c["rule"], c["root_value"], c["root"], dict(zip(c["nodes"], c["attributions"], strict=True)))
-            for c in circuits
-        ],
-        {node["id"]: (node["name"], node["pre_activation"]) for node in nodes},
-        [_Edge(*(edge[name] for name in _Edge._fields)) for edge in edges],
-    )
+    """Of one prompt; what refers to nodes of another, in a store that is damaged, counts nowhere."""
+    known = {node["id"]: (node["name"], node["pre_activation"]) for node in nodes}
+    found = [
+        _Circuit(c["rule"], c["root_value"], c["root"], dict(zip(c["nodes"], c["attributions"], strict=True)))
+        for c in circuits
+        if known.keys() >= {c["root"], *c["nodes"]}
+    ]
+    between = [_Edge(*(e[name] for name in _Edge._fields)) for e in edges if known.keys() >= {e["source"], e["target"]}]
+    return _totals(circuits[0]["task"], found, known, between)
 
 
 def _totals(
