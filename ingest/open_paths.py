@@ -16,14 +16,12 @@ at a layer are the first few. P and sigma_pre are folded into W_V and A. What co
 at every position, and a row is spared them where they can be done on less:
 
     first open attention under it    the row is at one query: one product with W_O, and with W_V one a head
-    second                           g is a mixture of these few vectors: W_O is applied to them (`Mixture`)
     attention of layer 1             W_V is applied to the sources below it, once for all rows (`low`)
     attention of layer 0             it moves embeddings only, once for all rows (`moved`)
 """
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -101,18 +99,6 @@ def edge_rows(
         yield rows, carry.down(targets.depth[rows], targets.position[rows], targets.read[rows])
 
 
-class Mixture(NamedTuple):
-    """Rows that are sums of few vectors: share @ vector is their g."""
-
-    share: Float[torch.Tensor, "row pos part"]
-    vector: Float[torch.Tensor, "row part d_model"]
-
-    @property
-    def g(self) -> Float[torch.Tensor, "row pos d_model"]:
-        """The rows."""
-        return self.share @ self.vector
-
-
 class _Carry:
     """What is frozen, folded, and the sources by depth and position."""
 
@@ -141,7 +127,6 @@ class _Carry:
         weight = read.new_zeros(len(read), len(self.sources.node))
         begun = [int((depth >= d).sum()) for d in range(2 * model.n_layers + 1)]  # at depth d or above
         start, spread = begun[-1], 0  # the first `spread` rows may be anywhere, the others at their positions only
-        near: Mixture | None = None  # the last of the spread rows, where they are few vectors each
         arange = partial(torch.arange, device=position.device)
         g[arange(start), position[:start]] = read[:start]
         for layer in reversed(range(model.n_layers)):
@@ -150,7 +135,6 @@ class _Carry:
             self._meet(mlp, g[:before], weight)
             if (W_skip := model.mlp[layer].dictionary.W_skip) is not None:
                 g[:before] += centre(g[:before] @ W_skip.T) / model.trace.sigma_mid[layer, :n_pos, None]
-                near = None
             new = arange(before, reading)
             g[new, position[new], :d_model] = read[new]
             self._meet(attn, g[:reading], weight)
@@ -159,13 +143,9 @@ class _Carry:
                 for t, moved in enumerate(self.moved[:n_pos]):
                     weight[:, : len(moved)].addmm_(g[:, t], moved.T)
             elif is_open:
-                moved = self._moved(layer, g[:spread], near)
+                moved = self._moved(layer, g[:spread])
                 rows = arange(spread, reading)
-                own = g[rows, position[rows]]
-                first = self._first_pass(layer, own @ model.W_O(layer).T, position[rows], n_pos)
-                g[rows] += first.g
-                at = functional.one_hot(position[rows], n_pos).to(g)[:, :, None]
-                near = Mixture(torch.cat([at, first.share], 2), torch.cat([own[:, None], first.vector], 1))
+                g[rows] += self._first_pass(layer, g[rows, position[rows]] @ model.W_O(layer).T, position[rows], n_pos)
                 if layer == 1 and self.has_low:
                     g = torch.cat([g, functional.pad(moved, (0, 0, 0, 0, 0, len(g) - spread))], 2)
                 else:
@@ -173,8 +153,7 @@ class _Carry:
                 spread = reading
             elif after > reading:
                 rows = arange(reading, after)
-                near = self._first_pass(layer, read[rows], position[rows], n_pos)
-                g[rows, :, :d_model] = near.g
+                g[rows, :, :d_model] = self._first_pass(layer, read[rows], position[rows], n_pos)
                 spread = after
         self._meet(-1, g, weight)
         return weight
@@ -186,27 +165,21 @@ class _Carry:
             if position < g.shape[1]:
                 weight[: len(g), start:end].addmm_(g[:, position], write[start:end].T)
 
-    def _moved(
-        self, layer: int, g: Float[torch.Tensor, "row pos d_model"], near: Mixture | None
-    ) -> Float[torch.Tensor, "row pos z"]:
-        """What open attention hands from queries to keys, before W_V; the last rows are `near`."""
-        n_pos, n_heads, W_O = g.shape[1], self.moving.shape[1], self.model.W_O(layer).T
-        far = len(g) if near is None or near.vector.shape[1] >= n_pos else len(g) - len(near.share)
-        z = g.new_empty(*g.shape[:2], W_O.shape[1])
-        torch.matmul(g[:far], W_O, out=z[:far])
-        if near is not None and far < len(g):
-            torch.bmm(near.share, near.vector @ W_O, out=z[far:])
+    def _moved(self, layer: int, g: Float[torch.Tensor, "row pos d_model"]) -> Float[torch.Tensor, "row pos z"]:
+        """What open attention hands from queries to keys, before W_V."""
+        n_pos, n_heads = g.shape[1], self.moving.shape[1]
+        z = g @ self.model.W_O(layer).T
         # All rows of a head at once: its pattern is small, and costs more than its share row by row.
         heads = z.unflatten(2, (n_heads, -1)).permute(2, 1, 0, 3).flatten(2)
         moved = self.moving[layer, :, :n_pos, :n_pos] @ heads
-        return moved.unflatten(2, (len(g), W_O.shape[1] // n_heads)).permute(2, 1, 0, 3).flatten(2)
+        return moved.unflatten(2, (len(g), z.shape[2] // n_heads)).permute(2, 1, 0, 3).flatten(2)
 
     def _first_pass(
         self, layer: int, z: Float[torch.Tensor, "row z"], position: Int[torch.Tensor, " row"], n_pos: int
-    ) -> Mixture:
-        """What attention hands to the keys of rows that read z at one query only, their own: a vector a head."""
+    ) -> Float[torch.Tensor, "row pos d_model"]:
+        """What attention hands to the keys of rows that read z at one query only, their own."""
         per_head = torch.einsum("rhe,hed->rhd", z.unflatten(1, (self.moving.shape[1], -1)), self.W_V[layer])
-        return Mixture(self.moving[layer][:, :n_pos, position].permute(2, 1, 0), per_head)
+        return self.moving[layer][:, :n_pos, position].permute(2, 1, 0) @ per_head
 
     def _low(self, write: Float[torch.Tensor, "n d_model"]) -> Float[torch.Tensor, "n d"]:
         """What stands below the attention of layer 1, and beside it the same through W_V."""
