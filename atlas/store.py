@@ -38,6 +38,8 @@ CONNECTION_TIMEOUT = 15.0  # seconds
 
 T = TypeVar("T")
 
+_PLAIN: set[type] = {str, int, float, bool, type(None)}  # what is the same in a frame as it comes from the driver
+
 # A retried transaction is no news for a terminal; a program that wants the driver's log adds a handler.
 logging.getLogger("neo4j").addHandler(logging.NullHandler())
 
@@ -117,8 +119,9 @@ class Store:
         """
         with self._reading(cypher, parameters, size=10_000) as result:
             keys = list(result.keys()) or returned_columns(cypher)
-            values = list(zip(*_plain_rows(result), strict=True)) or [()] * len(keys)
-            return dict(zip(keys, values, strict=True))
+            # A record is a tuple whose own iterator is slow; most columns hold nothing but plain values.
+            columns = list(zip(*map(cast(Any, tuple).__iter__, result), strict=True)) or [()] * len(keys)
+        return {key: _plain_column(values) for key, values in zip(keys, columns, strict=True)}
 
     def read_batches(self, cypher: str, /, *, size: int = 10_000, **parameters: Any) -> Iterator[pd.DataFrame]:
         """The rows of a query as DataFrames of at most `size` rows each; none when there is no row."""
@@ -261,16 +264,17 @@ def _first_line(error: Exception) -> str:
 
 
 def _frame(rows: neo4j.Result | Sequence[neo4j.Record], keys: list[str]) -> pd.DataFrame:
-    return pd.DataFrame(_plain_rows(rows), columns=pd.Index(keys, dtype=object))
+    values = [[_plain(value) for value in row.values()] for row in rows]
+    return pd.DataFrame(values, columns=pd.Index(keys, dtype=object))
 
 
-def _plain_rows(rows: neo4j.Result | Sequence[neo4j.Record]) -> list[list[Any]]:
-    return [[_plain(value) for value in row.values()] for row in rows]
+def _plain_column(values: Sequence[Any]) -> Sequence[Any]:
+    return values if {type(value) for value in values} <= _PLAIN else [_plain(value) for value in values]
 
 
 def _plain(value: Any) -> Any:
     """Graph values as dicts and lists, times as Python's own; everything else as it is."""
-    if isinstance(value, (str, int, float, type(None))):
+    if type(value) in _PLAIN:
         return value
     if isinstance(value, (Node, Relationship, dict)):
         return {key: _plain(item) for key, item in cast(dict[str, Any], value).items()}
