@@ -54,6 +54,14 @@ def test_a_process_prints_only_its_own_words_and_ends(tmp_path: Path) -> None:
     assert "ArcadeDB Server is down" in (tmp_path / "store" / "log" / "engine.log").read_text()
 
 
+def test_half_of_the_heap_is_for_pages(tmp_path: Path) -> None:
+    import jpype  # type: ignore[import-untyped]
+
+    with connect(tmp_path / "store"):
+        heap = jpype.JPackage("java").lang.Runtime.getRuntime().maxMemory()
+        assert jpype.JClass("com.arcadedb.engine.PageManager").INSTANCE.getStats().maxRAM == heap // 2
+
+
 def test_a_folder_opens_again_also_without_its_password(tmp_path: Path) -> None:
     folder = tmp_path / "store"
     with connect(folder) as store:
