@@ -27,20 +27,20 @@
 MATCH (a:Feature {id: $a})
 MATCH (b:Feature {id: $b})
 WITH a, b, coalesce(a.n_prompts, 0) < coalesce(b.n_prompts, 0) AS from_a
-// Along the edges of the one that fires in fewer prompts.
+// Along the edges of the one that fires in fewer prompts, whose neighbours are first told by layer and site.
 CALL (a, b, from_a) {
   WITH a, b
   WHERE from_a
   MATCH (a)<-[:OF]-(v:CircuitNode)
   MATCH (v)-[e:QK]->(u:CircuitNode)
-  WHERE EXISTS { (u)-[:OF]->(b) }
+  WHERE u.layer = b.layer AND u.site = b.site AND EXISTS { (u)-[:OF]->(b) }
   RETURN v, e, u
   UNION ALL
   WITH a, b
   WHERE NOT from_a
   MATCH (b)<-[:OF]-(u:CircuitNode)
   MATCH (u)<-[e:QK]-(v:CircuitNode)
-  WHERE EXISTS { (v)-[:OF]->(a) }
+  WHERE v.layer = a.layer AND v.site = a.site AND EXISTS { (v)-[:OF]->(a) }
   RETURN v, e, u
 }
 WITH v, e, u

@@ -45,7 +45,8 @@ CALL (d, features, mine) {
 WITH d, n_shared, shared, shared / (ours + theirs - shared) AS similarity
 ORDER BY similarity DESC, d.id
 LIMIT toInteger($limit)
-MATCH (p:Prompt)-[:HAS_CIRCUIT]->(d)-[:ROOT]->(root:CircuitNode)
+MATCH (d)<-[:HAS_CIRCUIT]-(p:Prompt)
+MATCH (d)-[:ROOT]->(root:CircuitNode)
 RETURN d.id AS circuit,
        p.id AS prompt,
        p.task AS task,

@@ -25,20 +25,20 @@ CALL () {
   MATCH (a:Feature {id: $a})
   MATCH (b:Feature {id: $b})
   WITH a, b, coalesce(a.n_prompts, 0) < coalesce(b.n_prompts, 0) AS from_a
-  // Along the edges of the one that fires in fewer prompts.
+  // Along the edges of the one that fires in fewer prompts, whose neighbours are first told by layer and site.
   CALL (a, b, from_a) {
     WITH a, b
     WHERE from_a
     MATCH (a)<-[:OF]-(s:CircuitNode)
     MATCH (s)-[e:DIRECT|OV]->(t:CircuitNode)
-    WHERE EXISTS { (t)-[:OF]->(b) }
+    WHERE t.layer = b.layer AND t.site = b.site AND EXISTS { (t)-[:OF]->(b) }
     RETURN s, e, t
     UNION ALL
     WITH a, b
     WHERE NOT from_a
     MATCH (b)<-[:OF]-(t:CircuitNode)
     MATCH (t)<-[e:DIRECT|OV]-(s:CircuitNode)
-    WHERE EXISTS { (s)-[:OF]->(a) }
+    WHERE s.layer = a.layer AND s.site = a.site AND EXISTS { (s)-[:OF]->(a) }
     RETURN s, e, t
   }
   WITH e, t

@@ -64,7 +64,8 @@ WITH b, feeds, collect({source: x.id, via: w.via, head: coalesce(w.head, -1), we
 UNWIND feeds AS feed
 WITH feed.a AS a, feed.r AS r, b, [wire IN wires WHERE wire.via = feed.kind] AS wires
 WHERE size(wires) > 0
-WITH a, r, b, [wire IN wires WHERE wire.source = a.id AND wire.head = coalesce(r.head, -1)][0] AS w
+WITH a, r, b, [wire IN wires WHERE wire.source = a.id AND wire.head = coalesce(r.head, -1)] AS own
+WITH a, r, b, reduce(best = own[0], wire IN own | CASE WHEN wire.rank < best.rank THEN wire ELSE best END) AS w
 WHERE $show = 'all' OR w IS NULL
 RETURN a.id AS source,
        a.label AS source_label,
