@@ -1,41 +1,50 @@
 """How fast every question is answered on a large store, made by `benchmarks.generated`, on both engines.
 
-    python -m benchmarks.bench_queries both [OV_EDGES] [SAMPLES] [SMALLER_OV_EDGES]
+    python -m benchmarks.bench_queries both|embedded|neo4j [OV_EDGES] [SAMPLES] [SMALLER_OV_EDGES]
 
-Of a question about one thing the median and the 99th percentile over SAMPLES things, drawn at random from those that
-occur (features and pairs evenly, so few of them are hubs), after twenty others that are not counted; of a question over
-the whole store the median of three after one that is not counted, or that one where it takes over ten seconds. `hub`
-is the same asked of the feature that is a node most often. Times include the way through the driver into a DataFrame.
-Both engines hold the same store, and every answer of the one is compared with the other's, row by row and in order.
-Growth is the ratio of the medians on both sizes. Loaded stores are kept in the folder BENCH_STORES of the environment
-for the next time; without it they are temporary. The last line printed is JSON, one object for each engine.
+Milliseconds, the way through the driver into a DataFrame included. Of a question about one thing: p50 / p99 over
+SAMPLES things, drawn at random from those that occur (features and pairs evenly, so few of them are hubs), and in
+brackets the median over that on the smaller store. `hub` is the same asked of the feature that is a node most often,
+and of a question over the whole store, the median of three. Before that come WARM calls about other things, or one of
+a question over the whole store, which are not counted: the Java machines compile what is asked often. Neither are more
+things asked than SECONDS allow.
+
+Each engine runs alone, in a process of its own, with the files of its store read once beforehand. Every answer of the
+one is compared with the other's, row by row and in order. Loaded stores are kept in the folder BENCH_STORES of the
+environment for the next time; without it they are temporary. The last line printed is JSON, one object for each engine.
 """
 
 import contextlib
-import gc
 import json
 import os
-import statistics
+import pickle
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 import queries
+from atlas.errors import AtlasError
 from atlas.schema import prepare
 from atlas.store import Store, connect
 from benchmarks.generated import N_LAYERS, Table, generate, load_embedded, load_neo4j
 from tests import neo4j_server
 
-WARM = 20  # calls of a question before its time is taken
+ENGINES = ["embedded", "neo4j"]
+WARM = 20  # calls of a question about one thing before its time is taken
+DRAWN = 400  # things of each kind; a run takes the first of them
+SECONDS = 20  # for the calls of one question
 HEAP = "4g"  # of either engine
-SLOW = 10  # seconds
+GOALS = 20, 200, 2000  # milliseconds: p50 and p99 of a question about one thing, a question over the whole store
 Ask = Callable[[Store], pd.DataFrame]
+Things = dict[str, list[Any]]
 
 # The two full aggregations side by side: motifs from the edges themselves, and from FEEDS (the question motifs).
 MOTIFS_FROM_EDGES = """
@@ -58,61 +67,81 @@ def motifs_from_edges(store: Store) -> pd.DataFrame:
     return rows.head(50).reset_index(drop=True)
 
 
-def about_one_thing(tables: list[Table], samples: int) -> dict[str, list[Ask]]:
-    """For every question about one thing, `samples` calls about things that occur, and of some one about a hub."""
+def things(tables: list[Table], n: int = DRAWN) -> Things:
+    """Ids of `n` things of every kind that a question can be about, and of the hub."""
     rng = np.random.default_rng(1)
     of = {table.name: table.rows for table in tables}
     ids = of["Feature"]["id"].to_numpy()
     node_of = of["OF"].set_index("source")["target"]
-    features = ids[rng.choice(of["OF"]["target"].unique(), samples)]
-    hub = ids[of["OF"]["target"].value_counts().idxmax()]
-    circuits = rng.choice(of["Circuit"]["id"].to_numpy(), (2, samples))
-    prompts = rng.choice(of["Prompt"]["id"].to_numpy(), samples)
     feeds = pd.concat([table.rows[["source", "target"]] for table in tables if table.name == "FEEDS"])
-    feeds = feeds.iloc[rng.integers(0, len(feeds), samples)]
-    pairs = list(zip(ids[feeds["source"]], ids[feeds["target"]], strict=True))
+    feeds = feeds.iloc[rng.integers(0, len(feeds), n)]
     qk = of["QK"][of["QK"]["source"].isin(node_of.index) & of["QK"]["target"].isin(node_of.index)]
-    qk = qk.iloc[rng.integers(0, len(qk), samples)]
-    looks = list(zip(ids[node_of[qk["source"]]], ids[node_of[qk["target"]]], strict=True))
-    nodes = pd.concat([of["Attn"], of["MLP"]])["id"].to_numpy()[rng.integers(0, len(of["OF"]), samples)]
-    of_feature: dict[str, Callable[[Store, str], pd.DataFrame]] = {
-        "prompts_of": lambda s, f: queries.prompts_of(s, f),
-        "feature": lambda s, f: queries.feature(s, f),
-        "coactive": lambda s, f: queries.coactive(s, f),
-        "spans of a feature": lambda s, f: queries.spans(s, f),
+    qk = qk.iloc[rng.integers(0, len(qk), n)]
+    nodes = pd.concat([of["Attn"], of["MLP"]])["id"].to_numpy()
+    drawn = {
+        "features": ids[rng.choice(of["OF"]["target"].unique(), n)],
+        "circuits": rng.choice(of["Circuit"]["id"].to_numpy(), n),
+        "prompts": rng.choice(of["Prompt"]["id"].to_numpy(), n),
+        "nodes": nodes[rng.integers(0, len(nodes), n)],
+        "pairs": np.stack([ids[feeds["source"]], ids[feeds["target"]]], 1),
+        "looks": np.stack([ids[node_of[qk["source"]]], ids[node_of[qk["target"]]]], 1),
+        "hubs": ids[[of["OF"]["target"].value_counts().idxmax()]],
+    }
+    return {name: found.tolist() for name, found in drawn.items()}
+
+
+def about_one_thing(drawn: Things, n: int) -> dict[str, list[Ask]]:
+    """For every question about one thing, `n` calls about things that occur, and of some one about a hub."""
+    of_feature: dict[str, Callable[..., pd.DataFrame]] = {
+        "prompts_of": queries.prompts_of,
+        "feature": queries.feature,
+        "coactive": queries.coactive,
+        "spans of a feature": queries.spans,
         "circuits of a feature": lambda s, f: queries.circuits(s, feature=f),
-        "upstream": lambda s, f: queries.upstream(s, f),
-        "downstream": lambda s, f: queries.downstream(s, f),
+        "upstream": queries.upstream,
+        "downstream": queries.downstream,
         "motifs of a feature": lambda s, f: queries.motifs(s, feature=f),
         "motifs of length 3 of a feature": lambda s, f: queries.motifs(s, feature=f, length=3, min_prompts=1),
         "wired of a feature": lambda s, f: queries.wired(s, feature=f, show="all"),
         "used of a feature": lambda s, f: queries.used(s, feature=f, show="all"),
     }
-    of_circuit: dict[str, Callable[[Store, str], pd.DataFrame]] = {
-        "circuit": lambda s, c: queries.circuit(s, c),
-        "circuit_nodes": lambda s, c: queries.circuit_nodes(s, c),
-        "attention": lambda s, c: queries.attention(s, c),
-        "strongest_paths": lambda s, c: queries.strongest_paths(s, c),
-        "similar_circuits": lambda s, c: queries.similar_circuits(s, c),
+    of_circuit: dict[str, Callable[..., pd.DataFrame]] = {
+        "circuit": queries.circuit,
+        "circuit_nodes": queries.circuit_nodes,
+        "attention": queries.attention,
+        "strongest_paths": queries.strongest_paths,
+        "similar_circuits": queries.similar_circuits,
     }
-    calls: dict[str, list[Ask]] = {}
-    for name, ask in of_feature.items():
-        calls[name] = [lambda s, f=f, ask=ask: ask(s, f) for f in features]
-    for name, ask in of_circuit.items():
-        calls[name] = [lambda s, c=c, ask=ask: ask(s, c) for c in circuits[0]]
-    calls |= {
-        "upstream of a node": [lambda s, n=n: queries.upstream(s, node=n, hops=3) for n in nodes],
-        "edges_between": [lambda s, p=p: queries.edges_between(s, *p) for p in pairs],
-        "qk_between": [lambda s, p=p: queries.qk_between(s, *p) for p in looks],
-        "specificity": [lambda s, p=p: queries.specificity(s, *p) for p in pairs],
-        "diff of two circuits": [lambda s, a=a, b=b: queries.diff(s, a, b) for a, b in circuits.T],
-        "diff of two prompts": [
-            lambda s, a=a, b=b: queries.diff(s, a, b) for a, b in zip(prompts, prompts[::-1], strict=True)
-        ],
-        "circuits of a prompt": [lambda s, p=p: queries.circuits(s, prompt=p) for p in prompts],
-        "spans of a prompt": [lambda s, p=p: queries.spans(s, prompt=p) for p in prompts],
+    of_pair: dict[str, Callable[..., pd.DataFrame]] = {
+        "edges_between": queries.edges_between,
+        "specificity": queries.specificity,
     }
-    return calls | {f"{name}, hub": [lambda s, ask=ask: ask(s, hub)] for name, ask in of_feature.items()}
+    of_prompt: dict[str, Callable[..., pd.DataFrame]] = {
+        "circuits of a prompt": lambda s, p: queries.circuits(s, prompt=p),
+        "spans of a prompt": lambda s, p: queries.spans(s, prompt=p),
+    }
+    of_node = {"upstream of a node": lambda s, n: queries.upstream(s, node=n, hops=3)}
+    circuits, prompts = drawn["circuits"][:n], drawn["prompts"][:n]
+    kinds: list[tuple[dict[str, Callable[..., pd.DataFrame]], list[list[str]]]] = [
+        (of_feature, [[f] for f in drawn["features"][:n]]),
+        (of_circuit, [[c] for c in circuits]),
+        (of_pair, drawn["pairs"][:n]),
+        ({"qk_between": queries.qk_between}, drawn["looks"][:n]),
+        (of_node, [[node] for node in drawn["nodes"][:n]]),
+        (of_prompt, [[p] for p in prompts]),
+        ({"diff of two circuits": queries.diff}, _two_of(circuits)),
+        ({"diff of two prompts": queries.diff}, _two_of(prompts)),
+        ({f"{name}, hub": ask for name, ask in of_feature.items()}, [[hub] for hub in drawn["hubs"]]),
+    ]
+    return {
+        name: [lambda s, ask=ask, ids=ids: ask(s, *ids) for ids in all_ids]
+        for asks, all_ids in kinds
+        for name, ask in asks.items()
+    }
+
+
+def _two_of(ids: list[str]) -> list[list[str]]:
+    return [[a, b] for a, b in zip(ids, ids[1:] + ids[:1], strict=True)]
 
 
 WHOLE_STORE: dict[str, Ask] = {
@@ -137,42 +166,61 @@ WHOLE_STORE: dict[str, Ask] = {
 
 @dataclass
 class Measured:
-    """Milliseconds by question and figure, and every answer in the order in which it was asked for."""
+    """Of every question the milliseconds of its calls and their answers, in the order of asking."""
 
-    figures: dict[str, float] = field(default_factory=dict)
-    answers: list[tuple[str, pd.DataFrame]] = field(default_factory=list)
+    times: dict[str, list[float]] = field(default_factory=dict)
+    answers: dict[str, list[pd.DataFrame]] = field(default_factory=dict)
+
+    def figures(self, name: str) -> list[float]:
+        """p50 and p99 of a question about many things, the median alone of one asked of a hub or the whole store."""
+        times = self.times[name]
+        shares = [0.5] if name in WHOLE_STORE or name.endswith("hub") else [0.5, 0.99]
+        return [float(np.quantile(times, share)) for share in shares] if times else []
 
 
 def measure(store: Store, about_one: dict[str, list[Ask]]) -> Measured:
-    """Ask everything of one store."""
+    """Ask everything of one store; a question that the engine refuses has no times, and is told."""
     found = Measured()
     for name, calls in about_one.items():
-        for call in calls[:WARM]:
-            call(store)
-        times = [_ask(found, name, call, store) for call in calls[WARM:] or calls]
-        figures = {f"{name}, p50 ms": 0.5, f"{name}, p99 ms": 0.99} if len(calls) > 1 else {f"{name}, ms": 0.5}
-        found.figures |= {figure: round(float(np.quantile(times, q)), 1) for figure, q in figures.items()}
-        print(name, [found.figures[figure] for figure in figures], file=sys.stderr, flush=True)
+        several = len(calls) > 1
+        _ask(found, name, store, calls[:WARM] if several else calls, calls[WARM:] if several else 3 * calls)
     for name, call in WHOLE_STORE.items():
-        times = [_ask(found, name, call, store)]
-        if times[0] < 1000 * SLOW:
-            times = [_ask(Measured(), name, call, store) for _ in range(3)]
-        found.figures[f"{name}, ms"] = round(statistics.median(times), 1)
-        print(name, found.figures[f"{name}, ms"], file=sys.stderr, flush=True)
+        _ask(found, name, store, [call], 3 * [call])
     return found
 
 
-def _ask(found: Measured, name: str, call: Ask, store: Store) -> float:
+def _ask(found: Measured, name: str, store: Store, warm: list[Ask], calls: list[Ask]) -> None:
+    found.times[name], found.answers[name] = [], []
+    try:
+        for _ in _within(SECONDS, (call(store) for call in warm)):
+            pass
+        for milliseconds, answer in _within(SECONDS, (_timed(call, store) for call in calls)):
+            found.times[name].append(milliseconds)
+            found.answers[name].append(answer)
+    except AtlasError as error:
+        print(error, file=sys.stderr)
+    print(name, _cell(found.figures(name)), file=sys.stderr, flush=True)
+
+
+def _timed(call: Ask, store: Store) -> tuple[float, pd.DataFrame]:
     start = time.perf_counter()
     answer = call(store)
-    milliseconds = 1000 * (time.perf_counter() - start)
-    found.answers.append((name, answer))
-    return milliseconds
+    return 1000 * (time.perf_counter() - start), answer
 
 
-def differing(a: Measured, b: Measured) -> list[str]:
-    """The questions with an answer that the two did not give alike, row by row and in order."""
-    return sorted({name for (name, x), (_, y) in zip(a.answers, b.answers, strict=True) if not same(x, y)})
+def _within(seconds: float, items: Iterator[Any]) -> Iterator[Any]:
+    """The items, as long as the time is not over when one is asked for."""
+    end = time.monotonic() + seconds
+    for item in items:
+        yield item
+        if time.monotonic() > end:
+            return
+
+
+def compared(a: Measured, b: Measured) -> tuple[int, list[str]]:
+    """How many answers both gave, and the questions with one that is not alike, row by row and in order."""
+    pairs = [(name, x, y) for name in a.answers for x, y in zip(a.answers[name], b.answers[name], strict=False)]
+    return len(pairs), sorted({name for name, x, y in pairs if not same(x, y)})
 
 
 def same(a: pd.DataFrame, b: pd.DataFrame) -> bool:
@@ -184,62 +232,106 @@ def same(a: pd.DataFrame, b: pd.DataFrame) -> bool:
     return True
 
 
+def prepared(engine: str, n_edges: int, folder: Path) -> Things:
+    """Load the store into `folder`/`engine`, unless it is there, and keep beside it what to ask about."""
+    kept = folder / "things.json"
+    if not kept.exists() or not (folder / engine).exists():
+        tables = generate(n_edges)
+        if engine == "embedded":
+            load_embedded(folder / engine, tables)
+        else:
+            with neo4j_server.running(lambda home: load_neo4j(home, tables), heap=HEAP, home=folder / engine):
+                pass
+        kept.write_text(json.dumps(things(tables)), encoding="utf-8")
+    return json.loads(kept.read_text(encoding="utf-8"))
+
+
 @contextlib.contextmanager
-def loaded(engine: str, n_edges: int, tables: list[Table]) -> Iterator[Store]:
-    """A store of the engine that holds the tables, in a folder of its own, or as it was kept from an earlier time."""
-    with contextlib.ExitStack() as stack:
-        start = time.perf_counter()
-        kept = os.environ.get("BENCH_STORES")
-        folder = Path(kept or stack.enter_context(tempfile.TemporaryDirectory(prefix="atlas-bench-")))
-        folder = folder / str(n_edges) / engine
-        if engine == "neo4j":
-            fill = lambda home: load_neo4j(home, tables)  # noqa: E731
-            server = neo4j_server.running(fill, heap=HEAP, page_cache="2g", home=folder)
-            running = stack.enter_context(server)
-            os.environ["NEO4J_PASSWORD"] = running.password
-            store = stack.enter_context(connect(running.bolt))
+def opened(engine: str, folder: Path) -> Iterator[Store]:
+    """The engine on its store, all files of which were read once, so that no answer waits for the disk."""
+    size = sum(_read_through(path) for path in sorted(folder.rglob("*")) if path.is_file())
+    if engine == "embedded":
+        with connect(folder) as store:
+            yield store
+        return
+    with neo4j_server.running(heap=HEAP, page_cache=f"{size // 2**20 + 256}m", home=folder) as server:
+        os.environ["NEO4J_PASSWORD"] = server.password
+        with connect(server.bolt) as store:
             prepare(store)
             store.change("CALL db.awaitIndexes(3600)")
-        else:
-            if not folder.exists():
-                load_embedded(folder, tables)
-            store = stack.enter_context(connect(folder))
-        print(f"{engine} ready after {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-        yield store
+            yield store
 
 
-def compare(n_edges: int, samples: int) -> dict[str, Measured]:
-    """Both engines with the same store, each measured while the other rests."""
-    tables = generate(n_edges)
-    about_one = about_one_thing(tables, WARM + samples)
-    with loaded("embedded", n_edges, tables) as embedded, loaded("neo4j", n_edges, tables) as neo4j:
-        tables.clear()
-        gc.collect()
-        return {store.engine: measure(store, about_one) for store in (embedded, neo4j)}
+def _read_through(path: Path) -> int:
+    size = 0
+    with path.open("rb") as file:
+        while part := file.read(2**24):
+            size += len(part)
+    return size
 
 
-def main(n_edges: int = 10_000_000, samples: int = 50, n_smaller: int = 1_000_000) -> None:
-    """Measure both engines at both sizes and print one column for each engine."""
+def run(engine: str, n_edges: int, samples: int) -> Measured:
+    """One engine on a store of its own, kept or temporary."""
+    with contextlib.ExitStack() as stack:
+        place = os.environ.get("BENCH_STORES")
+        folder = Path(place or stack.enter_context(tempfile.TemporaryDirectory(prefix="atlas-bench-"))) / str(n_edges)
+        drawn = prepared(engine, n_edges, folder)
+        store = stack.enter_context(opened(engine, folder / engine))
+        print(f"{engine}, {n_edges:,} OV edges", file=sys.stderr, flush=True)
+        return measure(store, about_one_thing(drawn, WARM + samples))
+
+
+def run_apart(engine: str, n_edges: int, samples: int) -> Measured:
+    """The same in a process of its own."""
+    with tempfile.NamedTemporaryFile(prefix="atlas-bench-") as file:
+        arguments = [engine, str(n_edges), str(samples), file.name]
+        subprocess.run([sys.executable, "-m", "benchmarks.bench_queries", "one", *arguments], check=True)
+        return pickle.load(file)
+
+
+def column(engine: str, samples: int, small: tuple[int, Measured], large: tuple[int, Measured]) -> dict[str, object]:
+    """What the table tells of one engine."""
+    n_edges, found = large
+    made: dict[str, object] = {"engine": engine, "OV edges": n_edges, "samples": samples}
+    over: list[str] = []
+    for name in found.times:
+        figures, before = found.figures(name), small[1].figures(name)
+        about_one = len(figures) == 2
+        growth = f" ({figures[0] / before[0]:.2f})" if about_one and before else ""
+        made[name] = _cell(figures) + growth
+        goals = GOALS[:2] if about_one else GOALS[1:2] if name.endswith("hub") else GOALS[2:]
+        if not figures or any(figure > goal for figure, goal in zip(figures, goals, strict=True)):
+            over.append(name)
+    made["questions over their goal"] = ", ".join(over) or "none"
+    return made
+
+
+def _cell(figures: list[float]) -> str:
+    return " / ".join(f"{figure:,.1f}" if figure < 100 else f"{figure:,.0f}" for figure in figures) or "failed"
+
+
+def main(which: str, n_edges: int = 10_000_000, samples: int = 50, n_smaller: int = 1_000_000) -> None:
+    """Measure both engines, or one, at both sizes and print one column for each."""
     os.environ["ARCADEDB_JVM_ARGS"] = f"-Xmx{HEAP}"
-    small, large = compare(n_smaller, samples), compare(n_edges, samples)
-    different = differing(large["embedded"], large["neo4j"]) + differing(small["embedded"], small["neo4j"])
-    n_answers = sum(len(found.answers) for found in (small["neo4j"], large["neo4j"]))
-    columns: list[dict[str, object]] = []
-    for engine in ("embedded", "neo4j"):
-        figures, before = large[engine].figures, small[engine].figures
-        column: dict[str, object] = {"engine": engine, "OV edges": n_edges, "samples": samples}
-        for name, figure in figures.items():
-            column[name] = figure
-            if name.endswith("p50 ms"):
-                column[name.replace("p50 ms", f"growth of the median from {n_smaller:,}")] = round(
-                    figure / before[name], 2
-                )
-        column["answers compared with the other engine's"] = n_answers
-        column["questions with an answer that differs"] = len(set(different))
-        columns.append(column)
-    print("differing:", different, file=sys.stderr)
+    engines = ENGINES if which == "both" else [which]
+    found = {(engine, n): run_apart(engine, n, samples) for engine in engines for n in (n_smaller, n_edges)}
+    columns = [
+        column(engine, samples, (n_smaller, found[engine, n_smaller]), (n_edges, found[engine, n_edges]))
+        for engine in engines
+    ]
+    if which == "both":
+        told = [compared(found["embedded", n], found["neo4j", n]) for n in (n_smaller, n_edges)]
+        for made in columns:
+            made["answers compared with the other engine's"] = sum(n for n, _ in told)
+            made["questions with an answer that differs"] = (
+                ", ".join(sorted({x for _, xs in told for x in xs})) or "none"
+            )
     print(json.dumps(columns))
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[2:5]))
+    if sys.argv[1] == "one":
+        with open(sys.argv[5], "wb") as output:
+            pickle.dump(run(sys.argv[2], int(sys.argv[3]), int(sys.argv[4])), output)
+    else:
+        main(sys.argv[1], *map(int, sys.argv[2:5]))

@@ -61,7 +61,8 @@ def table(rows: list[dict[str, object]]) -> str:
         "|---" * (len(rows) + 1) + "|",
     ]
     for key in list(rows[0])[1:]:
-        lines.append(f"| {key} | " + " | ".join(f"{row[key]:,}" for row in rows) + " |")
+        cells = [row[key] if isinstance(row[key], str) else f"{row[key]:,}" for row in rows]
+        lines.append(f"| {key} | {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 

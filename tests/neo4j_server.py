@@ -70,12 +70,12 @@ def running(
 ) -> Iterator[Neo4jServer]:
     """A server with an empty database, stopped at the end.
 
-    `fill` is called with the server's home folder before it starts, to import a database there; this needs the jars,
-    and so do `heap` and `page_cache`, the server's memory, and Java's `options`. With `home` the database is kept in
-    this folder, and a folder that has one already is not filled again.
+    `fill` is called with the home folder before the server starts, to import a database. With `home` the database
+    is kept in this folder, and a folder that has one already is not filled again. Both need the jars, and so do `heap`
+    and `page_cache`, the server's memory, and Java's `options`.
     """
     with contextlib.ExitStack() as stack:
-        if _docker_runs() and fill is None:
+        if _docker_runs() and fill is None and home is None:
             yield stack.enter_context(_in_container())
             return
         if home is None:

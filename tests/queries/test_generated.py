@@ -57,7 +57,7 @@ def test_task_parts_are_what_the_circuits_give(tables: list[Table], tmp_path: Pa
 def test_both_engines_answer_alike(tables: list[Table], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not (shutil.which("mvn") and shutil.which("java")):
         pytest.skip("neo4j-admin is in the jars, which need Maven and a JDK")
-    about_one = bench_queries.about_one_thing(tables, 2)
+    about_one = bench_queries.about_one_thing(bench_queries.things(tables, 2), 2)
     asks = [(name, call) for name, calls in about_one.items() for call in calls]
     asks += list(bench_queries.WHOLE_STORE.items())
     assert {name.split()[0].strip(",") for name, _ in asks} == set(questions())
