@@ -281,7 +281,7 @@ def test_ctrl_c_ends_cleanly(tmp_path, directory):
         if line.startswith(b"progress 3"):
             break
     os.kill(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == 130
     assert b"Stopped by Ctrl-C" in err
     assert b"Traceback" not in err
