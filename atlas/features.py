@@ -5,9 +5,8 @@ from typing import LiteralString
 
 import neo4j
 
+from atlas.batches import batches
 from atlas.errors import AtlasError
-
-ROWS_PER_STATEMENT = 10_000
 
 _KNOWN: LiteralString = "UNWIND $ids AS id MATCH (f:Feature {id: id}) RETURN f.id AS id"
 _MAKE: LiteralString = """
@@ -25,8 +24,7 @@ def make_missing(transaction: neo4j.ManagedTransaction, features: Sequence[tuple
 
     Raises AtlasError if one of them needs a dictionary that is not in the store.
     """
-    for start in range(0, len(features), ROWS_PER_STATEMENT):
-        batch = features[start : start + ROWS_PER_STATEMENT]
+    for batch in batches(features):
         rows = [{"id": f"{d}/{index}", "dictionary": d, "index": index} for d, index in batch]
         known = {record["id"] for record in transaction.run(_KNOWN, {"ids": [row["id"] for row in rows]})}
         missing = [row for row in rows if row["id"] not in known]

@@ -9,15 +9,15 @@ an index. `rebuild` makes all of them anew, for a store that an earlier program 
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from typing import LiteralString, NamedTuple, TypeAlias, TypeVar
+from collections.abc import Iterator, Mapping
+from typing import LiteralString, NamedTuple, TypeAlias
 
 import neo4j
 
+from atlas.batches import batches, delete_in_batches
 from atlas.records import NodeRecord, PromptRecord
 from atlas.store import Store
 
-ROWS_PER_STATEMENT = 10_000
 FEATURES_PER_STATEMENT = 500
 
 
@@ -41,7 +41,6 @@ class Total(NamedTuple):
 
 
 Totals: TypeAlias = dict[Path, Total]
-T = TypeVar("T")
 
 _OF_PROMPT: LiteralString = """
 MATCH (u:CircuitNode {prompt: $prompt})-[e:DIRECT|OV]->(v:CircuitNode)
@@ -130,7 +129,7 @@ def change(transaction: neo4j.ManagedTransaction, removed: Totals, added: Totals
     changes = _difference(removed, added)
     # Always in one order: two writers then wait for each other instead of locking each other out.
     rows = [{**path._asdict(), **changes[path]._asdict(), "place": i} for i, path in enumerate(sorted(changes))]
-    for batch in _batches(rows, ROWS_PER_STATEMENT):
+    for batch in batches(rows):
         there = {record["place"] for record in transaction.run(_ADD, {"rows": batch})}
         new = [row for row in batch if row["place"] not in there and row["n_edges"] > 0]
         less = [row for row in batch if row["n_edges"] < 0]
@@ -142,9 +141,7 @@ def change(transaction: neo4j.ManagedTransaction, removed: Totals, added: Totals
 
 def rebuild(store: Store) -> None:
     """Delete every FEEDS and make them anew from the edges, a prompt at a time."""
-    delete: LiteralString = "MATCH ()-[r:FEEDS]->() WITH r LIMIT $most DELETE r RETURN count(*) AS n"
-    while store.write(lambda transaction: transaction.run(delete, most=ROWS_PER_STATEMENT).single(strict=True)["n"]):
-        pass
+    delete_in_batches(store, "MATCH ()-[r:FEEDS]->() WITH r LIMIT $most DELETE r RETURN count(*) AS n")
     for prompt in store.read("MATCH (p:Prompt) RETURN p.id AS id ORDER BY id")["id"].tolist():
         store.write(lambda transaction, id=str(prompt): change(transaction, {}, of_stored(transaction, id)))
 
@@ -155,7 +152,7 @@ def count_prompts(store: Store) -> None:
     For a store that an earlier program wrote. A feature that never fired gets 0.
     """
     ids = [str(id) for id in store.read("MATCH (f:Feature) RETURN f.id AS id ORDER BY id")["id"]]
-    for batch in _batches(ids, FEATURES_PER_STATEMENT):
+    for batch in batches(ids, FEATURES_PER_STATEMENT):
         store.change(_COUNT_FEEDS, ids=batch)
         store.change(_COUNT_FIRINGS, ids=batch)
 
@@ -188,7 +185,3 @@ def _difference(removed: Mapping[Path, Total], added: Mapping[Path, Total]) -> T
                 new.share - old.share,
             )
     return changes
-
-
-def _batches(rows: list[T], size: int) -> Iterable[list[T]]:
-    return (rows[start : start + size] for start in range(0, len(rows), size))

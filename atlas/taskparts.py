@@ -23,11 +23,11 @@ from typing import Any, LiteralString, NamedTuple, TypeAlias, cast
 import neo4j
 import pandas as pd
 
+from atlas.batches import batches, delete_in_batches
 from atlas.feeds import edges_of
 from atlas.records import Kind, NodeRecord, PromptRecord
 from atlas.store import Store
 
-ROWS_PER_STATEMENT = 10_000
 SHARE_LOGS = (-30, 40)
 
 Row: TypeAlias = dict[str, Any]
@@ -174,9 +174,8 @@ def change(transaction: neo4j.ManagedTransaction, removed: Totals, added: Totals
     changes = _difference(removed, added)
     for task in sorted({part.task for part in changes}):
         transaction.run(_WAIT, {"id": Part(task, "circuit").id, "task": task}).consume()
-    parts = sorted(changes)
-    for start in range(0, len(parts), ROWS_PER_STATEMENT):
-        batch = {part.id: part for part in parts[start : start + ROWS_PER_STATEMENT]}
+    for parts in batches(sorted(changes)):
+        batch = {part.id: part for part in parts}
         found = transaction.run(_READ, {"ids": list(batch)})
         there = {record["id"]: counts_in(record.data()) for record in found}
         rows = {id: row(part, add(there.get(id, {}), changes[part])) for id, part in batch.items()}
@@ -188,9 +187,7 @@ def change(transaction: neo4j.ManagedTransaction, removed: Totals, added: Totals
 
 def rebuild(store: Store) -> None:
     """Delete every TaskPart and make them anew from the circuits, a prompt at a time."""
-    delete: LiteralString = "MATCH (t:TaskPart) WITH t LIMIT $most DETACH DELETE t RETURN count(*) AS n"
-    while store.write(lambda transaction: transaction.run(delete, most=ROWS_PER_STATEMENT).single(strict=True)["n"]):
-        pass
+    delete_in_batches(store, "MATCH (t:TaskPart) WITH t LIMIT $most DETACH DELETE t RETURN count(*) AS n")
     for prompt in store.read("MATCH (p:Prompt) WHERE p.task IS NOT NULL RETURN p.id AS id ORDER BY id")["id"].tolist():
         store.write(lambda transaction, id=str(prompt): change(transaction, {}, of_stored(transaction, id)))
 

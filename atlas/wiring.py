@@ -9,8 +9,9 @@ from typing import LiteralString, NamedTuple
 
 import neo4j
 
+from atlas.batches import batches
 from atlas.errors import AtlasError
-from atlas.features import ROWS_PER_STATEMENT, make_missing
+from atlas.features import make_missing
 from atlas.records import DictionaryRecord
 from atlas.store import Store
 
@@ -36,8 +37,7 @@ def write_dictionaries(store: Store, dictionaries: Sequence[DictionaryRecord]) -
                 "MERGE (d:Dictionary {id: $row.id}) ON CREATE SET d.layer = $row.layer, d.site = $row.site", row=row
             ).consume()
         )
-        for start in range(0, dictionary.d_sae, ROWS_PER_STATEMENT):
-            indices = range(start, min(start + ROWS_PER_STATEMENT, dictionary.d_sae))
+        for indices in batches(range(dictionary.d_sae)):
             features = [(dictionary.id, index) for index in indices]
             store.write(lambda transaction, features=features: make_missing(transaction, features))
 
@@ -53,8 +53,7 @@ def write_wires(
     def work(transaction: neo4j.ManagedTransaction) -> None:
         transaction.run(_DELETE, targets=list(targets), via=via, layer=layer).consume()
         rows = [wire._asdict() for wire in wires]
-        for start in range(0, len(rows), ROWS_PER_STATEMENT):
-            batch = rows[start : start + ROWS_PER_STATEMENT]
+        for batch in batches(rows):
             written = transaction.run(_CREATE, rows=batch).single(strict=True)["n"]
             if written != len(batch):
                 raise AtlasError(f"{len(batch) - written} virtual weights join features that are not in the store.")

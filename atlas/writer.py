@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atlas import feeds, multitoken, taskparts
+from atlas.batches import batches
 from atlas.errors import AtlasError
 from atlas.features import make_missing
 from atlas.records import DictionaryRecord, Kind, NodeRecord, PromptRecord, ReplacementModelRecord, RunRecord
@@ -29,8 +30,6 @@ from atlas.schema import PROMPT_LABELS
 from atlas.store import Store
 
 Row: TypeAlias = dict[str, Any]
-
-ROWS_PER_STATEMENT = 10_000
 
 _COMMON: LiteralString = "id: row.id, prompt: row.prompt, layer: row.layer, position: row.position, name: row.name"
 _LINEAR: LiteralString = "pre_activation: row.pre_activation, constant: row.constant, unstored: row.unstored"
@@ -420,8 +419,7 @@ def _columns(*arrays: NDArray[Any]) -> Iterator[tuple[Any, ...]]:
 
 def _create(transaction: neo4j.ManagedTransaction, cypher: LiteralString, rows: Sequence[Row]) -> None:
     """Run `cypher` for each `row`; every row must find the partners that it names."""
-    for start in range(0, len(rows), ROWS_PER_STATEMENT):
-        batch = rows[start : start + ROWS_PER_STATEMENT]
+    for batch in batches(rows):
         result = transaction.run(f"UNWIND $rows AS row {cypher} RETURN count(*) AS n", {"rows": batch})
         written = result.single(strict=True)["n"]
         if written != len(batch):

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from atlas.records import Firings, Kind, PromptRecord, Spans
 from atlas.store import Store
+from atlas.verify import verify
 
 Graph = dict[str, Any]
 
@@ -189,3 +190,9 @@ def graph_in(store: Store, prompt: str) -> Graph:
         ),
         "circuits": circuits,
     }
+
+
+def verified(store: Store, name: str) -> tuple[int, int]:
+    """What one check of `atlas verify` counts: all that it looked at, and the violations."""
+    (check,) = [check for check in verify(store) if check.name == name]
+    return check.checked, check.violations

@@ -10,8 +10,9 @@ from atlas.records import PromptRecord
 from atlas.schema import prepare
 from atlas.store import Store
 from atlas.verify import verify
-from atlas.writer import delete_prompt, register, write_prompt
-from tests.synthetic import synthetic_model, synthetic_prompt, synthetic_run
+from atlas.writer import delete_prompt, write_prompt
+from tests.graph import verified
+from tests.synthetic import synthetic_prompt
 
 KEYS = ["source", "target", "via", "layer", "head"]
 STORED = """
@@ -67,19 +68,6 @@ def prompts() -> list[PromptRecord]:
     return [synthetic_prompt(seed, n_tokens=4, n_active=4, density=0.3) for seed in range(3)]
 
 
-@pytest.fixture
-def filled(store: Store, prompts: list[PromptRecord]) -> Store:
-    register(store, synthetic_model(), synthetic_run())
-    for prompt in prompts:
-        write_prompt(store, prompt, "run-1")
-    return store
-
-
-def feeds_check(store: Store) -> tuple[int, int]:
-    (check,) = [check for check in verify(store) if check.name == "feeds"]
-    return check.checked, check.violations
-
-
 def test_feeds_follow_writing_replacement_and_deletion(filled: Store, prompts: list[PromptRecord]) -> None:
     assert_feeds(filled, prompts)
     assert expected(prompts)["n_prompts"].max() > 1, "features must meet again, or nothing is added up"
@@ -108,7 +96,7 @@ def test_a_failed_writing_leaves_feeds_alone(filled: Store, prompts: list[Prompt
 
 def test_verify_finds_what_is_wrong_in_feeds(filled: Store) -> None:
     n = int(filled.read("MATCH ()-[r:FEEDS]->() RETURN count(r) AS n")["n"][0])
-    assert feeds_check(filled) == (n, 0)
+    assert verified(filled, "feeds") == (n, 0)
     pick = "MATCH (a)-[r:FEEDS]->(b) WITH a, b, r ORDER BY a.id, b.id, r.head LIMIT 1 "
     for spoil in (
         "SET r.mean_weight = r.mean_weight + 1",
@@ -119,9 +107,9 @@ def test_verify_finds_what_is_wrong_in_feeds(filled: Store) -> None:
         "DELETE r",
     ):
         filled.write(lambda transaction, spoil=spoil: transaction.run(pick + spoil).consume())
-        assert feeds_check(filled) == (n, 1), spoil
+        assert verified(filled, "feeds") == (n, 1), spoil
         rebuild(filled)
-        assert feeds_check(filled) == (n, 0)
+        assert verified(filled, "feeds") == (n, 0)
 
 
 def test_a_store_from_before_feeds_gets_them(filled: Store, prompts: list[PromptRecord]) -> None:

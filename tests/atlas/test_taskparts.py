@@ -13,6 +13,7 @@ from atlas.store import Store
 from atlas.taskparts import rebuild
 from atlas.verify import verify
 from atlas.writer import delete_prompt, register, set_task, write_prompt
+from tests.graph import verified
 from tests.queries.expected import Tables, inside, tables
 from tests.synthetic import synthetic_model, synthetic_multitoken, synthetic_prompt, synthetic_run
 
@@ -100,19 +101,6 @@ def prompts() -> list[PromptRecord]:
     return found
 
 
-@pytest.fixture
-def filled(store: Store, prompts: list[PromptRecord]) -> Store:
-    register(store, synthetic_model(), synthetic_run())
-    for prompt in prompts:
-        write_prompt(store, prompt, "run-1")
-    return store
-
-
-def parts_check(store: Store) -> tuple[int, int]:
-    (check,) = [check for check in verify(store) if check.name == "task parts"]
-    return check.checked, check.violations
-
-
 def test_parts_follow_writing_replacement_and_deletion(filled: Store, prompts: list[PromptRecord]) -> None:
     wanted = expected(prompts)
     assert_parts(filled, prompts)
@@ -168,11 +156,11 @@ def test_a_root_of_value_0_gives_no_share(store: Store) -> None:
 
 def test_a_store_from_before_parts_gets_them(filled: Store, prompts: list[PromptRecord]) -> None:
     filled.change("MATCH (t:TaskPart) DELETE t")
-    assert parts_check(filled) == (len(expected(prompts)),) * 2
+    assert verified(filled, "task parts") == (len(expected(prompts)),) * 2
     filled.change("MATCH (s:Schema {id: 'atlas'}) SET s.version = 4")
     prepare(filled)
     assert_parts(filled, prompts)
-    assert parts_check(filled) == (len(expected(prompts)), 0)
+    assert verified(filled, "task parts") == (len(expected(prompts)), 0)
 
 
 def test_names_with_anything_in_them_stay_apart(store: Store) -> None:

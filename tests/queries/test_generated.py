@@ -8,11 +8,11 @@ import pytest
 
 from atlas.schema import prepare
 from atlas.store import connect
-from atlas.verify import verify
 from benchmarks import bench_queries, generated
 from benchmarks.generated import Table, generate, load_embedded, load_neo4j
 from queries.catalogue import questions
 from tests import neo4j_server
+from tests.graph import verified
 
 
 @pytest.fixture
@@ -49,8 +49,7 @@ def test_task_parts_are_what_the_circuits_give(tables: list[Table], tmp_path: Pa
     assert parts["n_prompts_as_root"].max() > 0
     load_embedded(tmp_path / "store", tables)
     with connect(tmp_path / "store") as store:
-        (check,) = [check for check in verify(store) if check.name == "task parts"]
-    assert (check.checked, check.violations) == (len(parts), 0)
+        assert verified(store, "task parts") == (len(parts), 0)
 
 
 @pytest.mark.neo4j
