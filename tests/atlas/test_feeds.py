@@ -9,7 +9,6 @@ from atlas.feeds import rebuild
 from atlas.records import PromptRecord
 from atlas.schema import prepare
 from atlas.store import Store
-from atlas.verify import verify
 from atlas.writer import delete_prompt, write_prompt
 from tests.graph import verified
 from tests.synthetic import synthetic_prompt
@@ -122,8 +121,9 @@ def test_a_store_from_before_feeds_gets_them(filled: Store, prompts: list[Prompt
 def test_a_store_without_numbers_of_prompts_gets_them(filled: Store, prompts: list[PromptRecord]) -> None:
     filled.change("MATCH ()-[r:FEEDS]->() REMOVE r.log2_prompts")
     filled.change("MATCH (f:Feature) REMOVE f.n_prompts")
-    (features,) = [check for check in verify(filled) if check.name == "features"]
-    assert features.violations == len({feature for prompt in prompts for feature in prompt.firings.features})
+    assert verified(filled, "features")[1] == len(
+        {feature for prompt in prompts for feature in prompt.firings.features}
+    )
     filled.change("MATCH (s:Schema {id: 'atlas'}) SET s.version = 3")
     prepare(filled)
     assert_feeds(filled, prompts)

@@ -8,6 +8,7 @@ from atlas.multitoken import write_multitoken
 from atlas.store import Store
 from atlas.verify import QUESTIONS, verify
 from atlas.writer import register, write_prompt
+from tests.graph import verified
 from tests.synthetic import synthetic_model, synthetic_multitoken, synthetic_prompt, synthetic_run
 
 PLANTED = [
@@ -140,7 +141,7 @@ def test_direct_edges_cross_positions_through_open_attention_alone(store: Store)
             "CREATE (u)-[e:DIRECT {weight: 0.0}]->(v) RETURN count(e) AS n"
         )
         assert store.write(lambda transaction: transaction.run(cypher).single(strict=True)["n"]) == 1
-        return next(check.violations for check in verify(store) if check.name == "edges")
+        return verified(store, "edges")[1]
 
     assert found("MLP {layer: 0}", "Logit") == 0
     assert found("Embedding", "MLP {layer: 1}") == 0
