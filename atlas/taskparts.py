@@ -178,7 +178,7 @@ def change(transaction: neo4j.ManagedTransaction, removed: Totals, added: Totals
         batch = {part.id: part for part in parts}
         found = transaction.run(_READ, {"ids": list(batch)})
         there = {record["id"]: counts_in(record.data()) for record in found}
-        rows = {id: row(part, add(there.get(id, {}), changes[part])) for id, part in batch.items()}
+        rows = {id: row(part, add(changes[part], there.get(id, {}))) for id, part in batch.items()}
         old = [row for id, row in rows.items() if id in there]
         _send(transaction, _CREATE, [row for id, row in rows.items() if id not in there])
         _send(transaction, _SET, [{name: row[name] for name in ("id", *_SUMS)} for row in old if row["rules"]])
@@ -194,6 +194,8 @@ def rebuild(store: Store) -> None:
 
 def add(counts: Counts, more: Counts, sign: int = 1) -> Counts:
     """Their sums, or with `sign` -1 the differences."""
+    if not more:
+        return counts
     none = Count()
     return {rule: counts.get(rule, none).plus(more.get(rule, none), sign) for rule in counts.keys() | more.keys()}
 

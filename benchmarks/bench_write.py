@@ -121,7 +121,7 @@ def opened(engine: str) -> Iterator[Store]:
             yield stack.enter_context(connect(f"{folder}/store"))
 
 
-def main(engine: str, n_prompts: int = 10) -> None:
+def main(engine: str, n_prompts: int = 40) -> None:
     """Measure one engine and print what was found."""
     with opened(engine) as store:
         ours, bare, rows = measure(store, n_prompts)
