@@ -28,6 +28,8 @@ def make_missing(transaction: neo4j.ManagedTransaction, features: Sequence[tuple
         rows = [{"id": f"{d}/{index}", "dictionary": d, "index": index} for d, index in batch]
         known = {record["id"] for record in transaction.run(_KNOWN, {"ids": [row["id"] for row in rows]})}
         missing = [row for row in rows if row["id"] not in known]
+        if not missing:
+            continue
         made = transaction.run(_MAKE, {"rows": missing}).single(strict=True)["n"]
         if made != len(missing):
             raise AtlasError(f"{len(missing) - made} features are of dictionaries that are not in the store.")

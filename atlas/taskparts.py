@@ -18,12 +18,13 @@ import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, LiteralString, NamedTuple, TypeAlias, cast
 
 import neo4j
 import pandas as pd
 
-from atlas.batches import batches, delete_in_batches
+from atlas.batches import ROWS_PER_STATEMENT, batches, delete_in_batches
 from atlas.feeds import edges_of
 from atlas.records import Kind, NodeRecord, PromptRecord
 from atlas.store import Store
@@ -31,6 +32,11 @@ from atlas.store import Store
 SHARE_LOGS = (-30, 40)
 
 Row: TypeAlias = dict[str, Any]
+
+
+@lru_cache(maxsize=ROWS_PER_STATEMENT)
+def _quoted(name: str) -> str:
+    return json.dumps(name, ensure_ascii=False)
 
 
 class Part(NamedTuple):
@@ -49,9 +55,10 @@ class Part(NamedTuple):
         """Names of nodes may hold anything; quoted as JSON they cannot run into each other."""
         if self.part == "circuit":
             return f"circuits in {self.task}"
-        source, target = (json.dumps(name, ensure_ascii=False) for name in (self.source, self.target))
+        source = _quoted(self.source)
         if self.part == "node":
             return f"{source} in {self.task}"
+        target = _quoted(self.target)
         via = f"L{self.layer}.H{self.head}" if self.head >= 0 else self.via
         return f"{source} -> {target} {via} in {self.task}"
 
@@ -203,11 +210,12 @@ def add(counts: Counts, more: Counts, sign: int = 1) -> Counts:
 def row(part: Part, counts: Counts) -> Row:
     """The properties of a part with these counts; without a rule, that of a part that no circuit has."""
     rules = sorted(rule for rule, count in counts.items() if rule is not None and count.n_circuits)
-    whole = counts.get(None, Count())
-    total = sum(counts[rule].total_share for rule in rules)
-    of_part = {name: value for name, value in part._asdict().items() if value not in ("", -1)}
-    found: Row = {"id": part.id, "rules": rules, **of_part, **whole._asdict(), "total_share": total}
-    found |= {f"{name}_by_rule": [getattr(counts[rule], name) for rule in rules] for name in _NAMES}
+    whole, by_rule = counts.get(None, Count()), [counts[rule] for rule in rules]
+    total = sum(count.total_share for count in by_rule)
+    found: Row = {name: value for name, value in zip(_OF_PART, part, strict=True) if value not in ("", -1)}
+    found |= zip(_NAMES, whole, strict=True)
+    found |= zip(_BY_RULE, map(list, zip(*by_rule, strict=True)), strict=False)
+    found |= {"id": part.id, "rules": rules, "total_share": total}
     return found | {"log2_circuits": whole.n_circuits.bit_length() - 1, "log2_share": log2_share(total)}
 
 

@@ -72,6 +72,16 @@ class Asked:
     requests: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class _Earlier:
+    """What a prompt that was taken out had added to FEEDS and TaskPart, and its multi-token circuits."""
+
+    stored: bool
+    fed: feeds.Totals
+    parts: taskparts.Totals
+    joined: list[Row]
+
+
 def register(store: Store, model: ReplacementModelRecord, run: RunRecord) -> None:
     """Write the model, its dictionaries, the replacement model, and the run with status 'running'.
 
@@ -147,9 +157,10 @@ def delete_prompt(store: Store, prompt_id: str) -> bool:
     """Delete a prompt with everything that is only its own; false if there was none."""
 
     def work(transaction: neo4j.ManagedTransaction) -> bool:
-        feeds.change(transaction, feeds.of_stored(transaction, prompt_id), {})
-        taskparts.change(transaction, taskparts.of_stored(transaction, prompt_id), {})
-        return _delete(transaction, prompt_id)
+        earlier = _take_out(transaction, prompt_id)
+        feeds.change(transaction, earlier.fed, {})
+        taskparts.change(transaction, earlier.parts, {})
+        return earlier.stored
 
     return store.write(work)
 
@@ -178,33 +189,34 @@ def set_task(store: Store, prompt_id: str, task: str) -> None:
 
 
 def _write_prompt(transaction: neo4j.ManagedTransaction, prompt: PromptRecord, run_id: str) -> WriteCounts:
-    fed, parts = feeds.of_stored(transaction, prompt.id), taskparts.of_stored(transaction, prompt.id)
-    joined = multitoken.stored(transaction, prompt.id)
-    replaced = _delete(transaction, prompt.id)
+    earlier = _take_out(transaction, prompt.id)
     _write_text(transaction, prompt, run_id)
     _write_features(transaction, prompt)
     _write_spans(transaction, prompt)
-    feeds.change(transaction, fed, feeds.of_record(prompt))
+    feeds.change(transaction, earlier.fed, feeds.of_record(prompt))
     _write_nodes(transaction, prompt)
     _write_edges(transaction, prompt)
     _write_scores(transaction, prompt)
     _write_circuits(transaction, prompt)
-    multitoken.restore(transaction, joined)
-    taskparts.change(transaction, parts, taskparts.of_record(prompt))
+    multitoken.restore(transaction, earlier.joined)
+    taskparts.change(transaction, earlier.parts, taskparts.of_record(prompt))
     n_edges = len(prompt.direct.weight) + len(prompt.ov.weight)
-    return WriteCounts(len(prompt.nodes), n_edges, len(prompt.circuits), len(prompt.firings), replaced)
+    return WriteCounts(len(prompt.nodes), n_edges, len(prompt.circuits), len(prompt.firings), earlier.stored)
 
 
-def _delete(transaction: neo4j.ManagedTransaction, prompt_id: str) -> bool:
+def _take_out(transaction: neo4j.ManagedTransaction, prompt_id: str) -> _Earlier:
+    """Delete a prompt, and return what is left to be changed for it."""
     found = transaction.run("MATCH (p:Prompt {id: $id}) RETURN count(p) AS n", {"id": prompt_id}).single(strict=True)
     if found["n"] == 0:
-        return False
+        return _Earlier(False, {}, {}, [])
+    fed, parts = feeds.of_stored(transaction, prompt_id), taskparts.of_stored(transaction, prompt_id)
+    joined = multitoken.stored(transaction, prompt_id)
     for label in PROMPT_LABELS:
         transaction.run(f"MATCH (n:{label} {{prompt: $id}}) DETACH DELETE n", {"id": prompt_id}).consume()
     fired: LiteralString = "MATCH (p:Prompt {id: $id})<-[:FIRES_ON]-(f:Feature) SET f.n_prompts = f.n_prompts - 1"
     transaction.run(fired, {"id": prompt_id}).consume()
     transaction.run("MATCH (p:Prompt {id: $id}) DETACH DELETE p", {"id": prompt_id}).consume()
-    return True
+    return _Earlier(True, fed, parts, joined)
 
 
 def _write_text(transaction: neo4j.ManagedTransaction, prompt: PromptRecord, run_id: str) -> None:

@@ -35,14 +35,18 @@ CALL (a, b, from_a) {
   WHERE from_a
   MATCH (a)<-[:OF]-(s:CircuitNode)
   MATCH (s)-[e:DIRECT|OV]->(t:CircuitNode)
-  WHERE t.layer = b.layer AND t.site = b.site AND EXISTS { (t)-[:OF]->(b) }
+  WHERE t.layer = b.layer AND t.site = b.site
+  MATCH (t)-[:OF]->(x:Feature)
+  WHERE x = b
   RETURN s, e, t
   UNION ALL
   WITH a, b
   WHERE NOT from_a
   MATCH (b)<-[:OF]-(t:CircuitNode)
   MATCH (t)<-[e:DIRECT|OV]-(s:CircuitNode)
-  WHERE s.layer = a.layer AND s.site = a.site AND EXISTS { (s)-[:OF]->(a) }
+  WHERE s.layer = a.layer AND s.site = a.site
+  MATCH (s)-[:OF]->(x:Feature)
+  WHERE x = a
   RETURN s, e, t
 }
 WITH s, e, t

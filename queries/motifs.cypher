@@ -76,21 +76,24 @@ CALL (pairs) {
        CASE WHEN r.n_prompts < q.n_prompts THEN r.n_prompts ELSE q.n_prompts END AS most
   ORDER BY most DESC, a.id, b.id, c.id, r.head, q.head
   LIMIT toInteger($limit)
-  // Once along the edges of every node of B, whatever the number of chains through B.
-  WITH b, collect({r: r, q: q, a: a.id, c: c.id}) AS chains, collect(DISTINCT a.id) AS firsts,
-       collect(DISTINCT c.id) AS lasts
+  // Once along the edges of every node of B, whatever the number of chains through B; by head and layer most of them
+  // are told apart before the feature at their other end is looked at.
+  WITH b, collect({a: a, c: c, r: r, q: q, ab: r.via, bc: q.via, i: coalesce(r.head, -1), j: coalesce(q.head, -1)})
+            AS chains,
+       collect(DISTINCT a) AS firsts, collect(DISTINCT coalesce(r.head, -1)) AS heads_ab, collect(DISTINCT a.layer) AS layers_a,
+       collect(DISTINCT c) AS lasts, collect(DISTINCT coalesce(q.head, -1)) AS heads_bc, collect(DISTINCT c.layer) AS layers_c
   MATCH (b)<-[:OF]-(v:CircuitNode)
   MATCH (v)<-[e:DIRECT|OV]-(u:CircuitNode)
+  WHERE coalesce(e.head, -1) IN heads_ab AND u.layer IN layers_a
   MATCH (u)-[:OF]->(x:Feature)
-  WHERE x.id IN firsts
-  WITH b, chains, lasts, v, e, x
+  WHERE x IN firsts
   MATCH (v)-[f:DIRECT|OV]->(w:CircuitNode)
+  WHERE coalesce(f.head, -1) IN heads_bc AND w.layer IN layers_c
   MATCH (w)-[:OF]->(y:Feature)
-  WHERE y.id IN lasts
+  WHERE y IN lasts
   WITH x AS a, b, y AS c, v, e, f, w,
-       [chain IN chains WHERE chain.a = x.id AND chain.c = y.id
-         AND type(e) = chain.r.via AND coalesce(e.head, -1) = coalesce(chain.r.head, -1)
-         AND type(f) = chain.q.via AND coalesce(f.head, -1) = coalesce(chain.q.head, -1)] AS matching
+       [chain IN chains WHERE chain.a = x AND chain.c = y AND chain.ab = type(e) AND chain.i = coalesce(e.head, -1)
+         AND chain.bc = type(f) AND chain.j = coalesce(f.head, -1)] AS matching
   UNWIND matching AS chain
   WITH a, chain.r AS r, b, chain.q AS q, c, v.prompt AS prompt,
        CASE WHEN v.pre_activation <> 0 AND w.pre_activation <> 0

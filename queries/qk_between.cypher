@@ -33,14 +33,18 @@ CALL (a, b, from_a) {
   WHERE from_a
   MATCH (a)<-[:OF]-(v:CircuitNode)
   MATCH (v)-[e:QK]->(u:CircuitNode)
-  WHERE u.layer = b.layer AND u.site = b.site AND EXISTS { (u)-[:OF]->(b) }
+  WHERE u.layer = b.layer AND u.site = b.site
+  MATCH (u)-[:OF]->(x:Feature)
+  WHERE x = b
   RETURN v, e, u
   UNION ALL
   WITH a, b
   WHERE NOT from_a
   MATCH (b)<-[:OF]-(u:CircuitNode)
   MATCH (u)<-[e:QK]-(v:CircuitNode)
-  WHERE v.layer = a.layer AND v.site = a.site AND EXISTS { (v)-[:OF]->(a) }
+  WHERE v.layer = a.layer AND v.site = a.site
+  MATCH (v)-[:OF]->(x:Feature)
+  WHERE x = a
   RETURN v, e, u
 }
 WITH v, e, u

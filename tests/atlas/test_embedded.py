@@ -1,12 +1,15 @@
 """The embedded engine as processes see it: one at a time, clean output, and nothing lost to kill -9."""
 
+import gc
 import os
 import signal
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import jpype
 import pytest
 
 from atlas import AtlasError, connect
@@ -60,6 +63,23 @@ def test_half_of_the_heap_is_for_pages(tmp_path: Path) -> None:
     with connect(tmp_path / "store"):
         heap = jpype.JPackage("java").lang.Runtime.getRuntime().maxMemory()
         assert jpype.JClass("com.arcadedb.engine.PageManager").INSTANCE.getStats().maxRAM == heap // 2
+
+
+@pytest.mark.usefixtures("embedded_store")
+def test_collections_of_garbage_in_java_bring_none_in_python() -> None:
+    full: list[int] = []
+
+    def seen(phase: str, info: dict[str, int]) -> None:
+        full[-1] += phase == "start" and info["generation"] == 2
+
+    gc.callbacks.append(seen)
+    for _ in range(3):
+        full.append(0)
+        jpype.JClass("java.lang.System").gc()
+        time.sleep(0.6)
+        gc.collect(0)
+    gc.callbacks.remove(seen)
+    assert full[-2:] == [0, 0]  # it may ask once
 
 
 def test_a_folder_opens_again_also_without_its_password(tmp_path: Path) -> None:
