@@ -9,9 +9,10 @@ and of a question over the whole store, the median of three. Before that come WA
 a question over the whole store, which are not counted: the Java machines compile what is asked often. No more things
 are asked than SECONDS allow, and a call that takes longer is not made again: its first time is the figure.
 
-Each engine runs alone, in a process of its own, with the files of its store read once beforehand. Every answer of the
-one is compared with the other's, row by row and in order. Loaded stores are kept in the folder BENCH_STORES of the
-environment for the next time; without it they are temporary. The last line printed is JSON, one object for each engine.
+Each engine runs alone, in a process of its own, with the files of its store read once beforehand, 4 GB of heap and
+room for the pages of its whole store beside it. Every answer of the one is compared with the other's, row by row and in
+order. Loaded stores are kept in the folder BENCH_STORES of the environment for the next time; without it they are
+temporary. The last line printed is JSON, one object for each engine.
 """
 
 import contextlib
@@ -38,10 +39,11 @@ from benchmarks.generated import N_LAYERS, Table, generate, load_embedded, load_
 from tests import neo4j_server
 
 ENGINES = ["embedded", "neo4j"]
-WARM = 20  # calls of a question about one thing before its time is taken
+WARM = 100  # calls of a question about one thing before its time is taken
 DRAWN = 400  # things of each kind; a run takes the first of them
 SECONDS = 10  # for the calls of one question
-HEAP = "4g"  # of either engine
+HEAP = 4096  # MB, of either engine
+BYTES_PER_EDGE = 500  # that an OV edge, with all that is stored with it, takes at most on the embedded engine
 GOALS = 20, 200, 2000  # milliseconds: p50 and p99 of a question about one thing, a question over the whole store
 Ask = Callable[[Store], pd.DataFrame]
 Things = dict[str, list[Any]]
@@ -240,7 +242,7 @@ def prepared(engine: str, n_edges: int, folder: Path) -> Things:
         if engine == "embedded":
             load_embedded(folder / engine, tables)
         else:
-            with neo4j_server.running(lambda home: load_neo4j(home, tables), heap=HEAP, home=folder / engine):
+            with neo4j_server.running(lambda home: load_neo4j(home, tables), heap=f"{HEAP}m", home=folder / engine):
                 pass
         kept.write_text(json.dumps(things(tables)), encoding="utf-8")
     return json.loads(kept.read_text(encoding="utf-8"))
@@ -254,7 +256,7 @@ def opened(engine: str, folder: Path) -> Iterator[Store]:
         with connect(folder) as store:
             yield store
         return
-    with neo4j_server.running(heap=HEAP, page_cache=f"{size // 2**20 + 256}m", home=folder) as server:
+    with neo4j_server.running(heap=f"{HEAP}m", page_cache=f"{size // 2**20 + 256}m", home=folder) as server:
         os.environ["NEO4J_PASSWORD"] = server.password
         with connect(server.bolt) as store:
             prepare(store)
@@ -274,6 +276,8 @@ def run(engine: str, n_edges: int, samples: int) -> Measured:
     """One engine on a store of its own, kept or temporary."""
     with contextlib.ExitStack() as stack:
         place = os.environ.get("BENCH_STORES")
+        pages = n_edges * BYTES_PER_EDGE // 2**20 + 256
+        os.environ["ARCADEDB_JVM_ARGS"] = f"-Xmx{HEAP + pages}m -Darcadedb.maxPageRAM={pages}"
         folder = Path(place or stack.enter_context(tempfile.TemporaryDirectory(prefix="atlas-bench-"))) / str(n_edges)
         drawn = prepared(engine, n_edges, folder)
         store = stack.enter_context(opened(engine, folder / engine))
@@ -310,9 +314,8 @@ def _cell(figures: list[float]) -> str:
     return " / ".join(f"{figure:,.1f}" if figure < 100 else f"{figure:,.0f}" for figure in figures) or "failed"
 
 
-def main(which: str, n_edges: int = 10_000_000, samples: int = 50, n_smaller: int = 1_000_000) -> None:
+def main(which: str, n_edges: int = 10_000_000, samples: int = 200, n_smaller: int = 1_000_000) -> None:
     """Measure both engines, or one, at both sizes and print one column for each."""
-    os.environ["ARCADEDB_JVM_ARGS"] = f"-Xmx{HEAP}"
     engines = ENGINES if which == "both" else [which]
     found = {(engine, n): run_apart(engine, n, samples) for engine in engines for n in (n_smaller, n_edges)}
     columns = [
