@@ -45,8 +45,17 @@ CALL (start) {
   WHERE ($via IS NULL OR type(e) = $via) AND abs(e.weight) >= $min_share * abs(t.pre_activation)
   RETURN collect(e) AS edges1, collect(DISTINCT t) AS near1
 }
-CALL (near1) {
-  UNWIND CASE WHEN $hops >= 2 THEN near1 ELSE [] END AS s
+CALL (edges1) {
+  // The rows of one step come first: where they are `limit` already, no further step is taken.
+  UNWIND edges1 AS e
+  WITH e, endNode(e) AS t
+  MATCH (t)-[:OF]->(f:Feature)
+  WITH DISTINCT f, type(e) AS via, e.layer AS layer, e.head AS head
+  LIMIT toInteger($limit)
+  RETURN count(*) AS n_rows1
+}
+CALL (near1, n_rows1) {
+  UNWIND CASE WHEN $hops >= 2 AND n_rows1 < $limit THEN near1 ELSE [] END AS s
   MATCH (s)-[e:DIRECT|OV]->(t:CircuitNode)
   WHERE ($via IS NULL OR type(e) = $via) AND abs(e.weight) >= $min_share * abs(t.pre_activation)
   RETURN collect(e) AS edges2, collect(DISTINCT t) AS near2
