@@ -8,7 +8,9 @@ which only the owner can read. There are two users: the engine does not enforce 
 so reading goes through a user who has no right to write.
 
 The Java machine starts once a process and stays; `-Xrs` leaves signals to Python, and
-`txWalFlush=2` makes a committed transaction survive a crash. Closing stops the server; a process
+`txWalFlush=2` makes a committed transaction survive a crash. `queryMaxHeapRAM=0` takes away the budget that queries
+share: what a query with many subqueries reserves of it is given back when Java next collects garbage, not at the
+query's end, so that a few hundred of them one after the other had the next one refused. Closing stops the server; a process
 that forgets to close is closed at exit.
 """
 
@@ -28,7 +30,13 @@ from atlas.errors import AtlasError
 
 DATABASE = "atlas"
 WRITER, READER = "root", "reader"
-JVM_ARGS = ["-Xmx2g", "-Xrs", "-Darcadedb.txWalFlush=2", "-Darcadedb.installCustomFormatter=false"]
+JVM_ARGS = [
+    "-Xmx2g",
+    "-Xrs",
+    "-Darcadedb.txWalFlush=2",
+    "-Darcadedb.queryMaxHeapRAM=0",
+    "-Darcadedb.installCustomFormatter=false",
+]
 MAX_MESSAGE_BYTES = 256 * 1024 * 1024
 RECORD_RIGHTS = ["createRecord", "readRecord", "updateRecord", "deleteRecord"]
 SCHEMA_RIGHTS = ["updateSecurity", "updateSchema", "updateDatabaseSettings"]

@@ -66,6 +66,11 @@ def test_half_of_the_heap_is_for_pages(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("embedded_store")
+def test_no_query_is_refused_for_what_others_have_reserved() -> None:
+    assert jpype.JClass("com.arcadedb.query.sql.executor.QueryHeapBudget").getLimitBytes() == 0
+
+
+@pytest.mark.usefixtures("embedded_store")
 def test_collections_of_garbage_in_java_bring_none_in_python() -> None:
     full: list[int] = []
 

@@ -1,6 +1,7 @@
 """The questions about features, paths, motifs and differences against pandas over the records, on both engines."""
 
 import json
+from functools import partial
 
 import pandas as pd
 import pytest
@@ -14,7 +15,7 @@ from queries.catalogue import question
 from tests.queries import expected
 from tests.queries.conftest import Filled, write_some_wires
 from tests.queries.scans import SCANS
-from tests.queries.test_answers import ALL, assert_answer, assert_falls
+from tests.queries.test_answers import ALL, assert_answer, assert_falls, assert_limits
 from tests.synthetic import synthetic_multitoken, synthetic_prompt
 
 
@@ -95,6 +96,7 @@ def test_downstream(filled: Filled) -> None:
         keys = ["hop", "source", "target", "via", "layer", "head"]
         assert_answer(answer, "downstream", expected.downstream(t, **given), keys)
         assert answer["hop"].is_monotonic_increasing
+        assert_limits(partial(queries.downstream, store, **given), answer)
     with pytest.raises(AtlasError, match="give one of the two"):
         queries.downstream(store)
 

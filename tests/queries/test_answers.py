@@ -1,5 +1,8 @@
 """Every question's answer against the same question asked of the records in pandas, on both engines."""
 
+from collections.abc import Callable
+from functools import partial
+
 import pandas as pd
 import pytest
 
@@ -23,6 +26,13 @@ def assert_answer(answer: pd.DataFrame, name: str, wanted: pd.DataFrame, keys: l
 
 def _sorted(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     return frame.sort_values(keys, na_position="first").reset_index(drop=True)
+
+
+def assert_limits(ask: Callable[..., pd.DataFrame], answer: pd.DataFrame) -> None:
+    """Limits around what the first step gives answer with the first rows of the whole answer."""
+    first = int((answer["hop"] == 1).sum())
+    for limit in {1, first, first + 1}:
+        pd.testing.assert_frame_equal(ask(limit=limit), answer.head(limit))
 
 
 def assert_falls(values: pd.Series) -> None:
@@ -91,6 +101,7 @@ def test_upstream(filled: Filled) -> None:
         assert answer["hop"].is_monotonic_increasing
         for _, step in answer.groupby("hop"):
             assert_falls(step["n_prompts"])
+        assert_limits(partial(queries.upstream, store, **given), answer)
     assert set(queries.upstream(store, feature=feature, hops=1)["target"]) == {feature}
 
 
