@@ -10,8 +10,8 @@ so reading goes through a user who has no right to write.
 The Java machine starts once a process and stays; `-Xrs` leaves signals to Python, and
 `txWalFlush=2` makes a committed transaction survive a crash. `queryMaxHeapRAM=0` takes away the budget that queries
 share: what a query with many subqueries reserves of it is given back when Java next collects garbage, not at the
-query's end, so that a few hundred of them one after the other had the next one refused. Closing stops the server; a process
-that forgets to close is closed at exit.
+query's end, so that a few hundred of them one after the other had the next one refused. Closing stops the server; a
+process that forgets to close is closed at exit.
 """
 
 import atexit
