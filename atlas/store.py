@@ -28,6 +28,7 @@ from neo4j.graph import Node, Relationship
 from neo4j.graph import Path as GraphPath
 
 from atlas import embedded
+from atlas.collector import paused
 from atlas.columns import returned_columns
 from atlas.errors import AtlasError
 from atlas.records import SCHEMA_VERSION
@@ -151,7 +152,7 @@ class Store:
         Either all that `work` wrote is stored when this returns, or nothing is. Raises AtlasError
         when the database refuses.
         """
-        with _sentences(self.address), self._session(self._writer, neo4j.WRITE_ACCESS) as session:
+        with paused(), _sentences(self.address), self._session(self._writer, neo4j.WRITE_ACCESS) as session:
             return session.execute_write(work)
 
     def close(self) -> None:
