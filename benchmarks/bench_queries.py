@@ -274,10 +274,10 @@ def _read_through(path: Path) -> int:
 
 def run(engine: str, n_edges: int, samples: int) -> Measured:
     """One engine on a store of its own, kept or temporary."""
+    pages = n_edges * BYTES_PER_EDGE // 2**20 + 256
+    os.environ["ARCADEDB_JVM_ARGS"] = f"-Xmx{HEAP + pages}m -Darcadedb.maxPageRAM={pages}"
     with contextlib.ExitStack() as stack:
         place = os.environ.get("BENCH_STORES")
-        pages = n_edges * BYTES_PER_EDGE // 2**20 + 256
-        os.environ["ARCADEDB_JVM_ARGS"] = f"-Xmx{HEAP + pages}m -Darcadedb.maxPageRAM={pages}"
         folder = Path(place or stack.enter_context(tempfile.TemporaryDirectory(prefix="atlas-bench-"))) / str(n_edges)
         drawn = prepared(engine, n_edges, folder)
         store = stack.enter_context(opened(engine, folder / engine))

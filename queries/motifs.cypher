@@ -78,10 +78,10 @@ CALL (pairs) {
   LIMIT toInteger($limit)
   // Once along the edges of every node of B, whatever the number of chains through B; by head and layer most of them
   // are told apart before the feature at their other end is looked at.
-  WITH b, collect({a: a, c: c, r: r, q: q, ab: r.via, bc: q.via, i: coalesce(r.head, -1), j: coalesce(q.head, -1)})
-            AS chains,
-       collect(DISTINCT a) AS firsts, collect(DISTINCT coalesce(r.head, -1)) AS heads_ab, collect(DISTINCT a.layer) AS layers_a,
-       collect(DISTINCT c) AS lasts, collect(DISTINCT coalesce(q.head, -1)) AS heads_bc, collect(DISTINCT c.layer) AS layers_c
+  WITH r, a, b, q, c, coalesce(r.head, -1) AS head_ab, coalesce(q.head, -1) AS head_bc
+  WITH b, collect({a: a, r: r, via_ab: r.via, head_ab: head_ab, q: q, via_bc: q.via, head_bc: head_bc, c: c}) AS chains,
+       collect(DISTINCT a) AS firsts, collect(DISTINCT a.layer) AS layers_a, collect(DISTINCT head_ab) AS heads_ab,
+       collect(DISTINCT c) AS lasts, collect(DISTINCT c.layer) AS layers_c, collect(DISTINCT head_bc) AS heads_bc
   MATCH (b)<-[:OF]-(v:CircuitNode)
   MATCH (v)<-[e:DIRECT|OV]-(u:CircuitNode)
   WHERE coalesce(e.head, -1) IN heads_ab AND u.layer IN layers_a
@@ -92,8 +92,9 @@ CALL (pairs) {
   MATCH (w)-[:OF]->(y:Feature)
   WHERE y IN lasts
   WITH x AS a, b, y AS c, v, e, f, w,
-       [chain IN chains WHERE chain.a = x AND chain.c = y AND chain.ab = type(e) AND chain.i = coalesce(e.head, -1)
-         AND chain.bc = type(f) AND chain.j = coalesce(f.head, -1)] AS matching
+       [chain IN chains WHERE chain.a = x AND chain.c = y
+         AND chain.via_ab = type(e) AND chain.head_ab = coalesce(e.head, -1)
+         AND chain.via_bc = type(f) AND chain.head_bc = coalesce(f.head, -1)] AS matching
   UNWIND matching AS chain
   WITH a, chain.r AS r, b, chain.q AS q, c, v.prompt AS prompt,
        CASE WHEN v.pre_activation <> 0 AND w.pre_activation <> 0
