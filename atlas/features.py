@@ -8,7 +8,7 @@ import neo4j
 from atlas.batches import batches
 from atlas.errors import AtlasError
 
-_KNOWN: LiteralString = "UNWIND $ids AS id MATCH (f:Feature {id: id}) RETURN f.id AS id"
+_MISSING: LiteralString = "UNWIND $ids AS id OPTIONAL MATCH (f:Feature {id: id}) WITH id, f WHERE f IS NULL RETURN id"
 _MAKE: LiteralString = """
 UNWIND $rows AS row
 MATCH (d:Dictionary {id: row.dictionary})
@@ -26,8 +26,8 @@ def make_missing(transaction: neo4j.ManagedTransaction, features: Sequence[tuple
     """
     for batch in batches(features):
         rows = [{"id": f"{d}/{index}", "dictionary": d, "index": index} for d, index in batch]
-        known = {record["id"] for record in transaction.run(_KNOWN, {"ids": [row["id"] for row in rows]})}
-        missing = [row for row in rows if row["id"] not in known]
+        ids = {record["id"] for record in transaction.run(_MISSING, {"ids": [row["id"] for row in rows]})}
+        missing = [row for row in rows if row["id"] in ids]
         if not missing:
             continue
         made = transaction.run(_MAKE, {"rows": missing}).single(strict=True)["n"]

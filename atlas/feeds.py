@@ -8,9 +8,8 @@ whose last edge goes is deleted. log2_prompts, the whole part of the logarithm o
 an index. `rebuild` makes all of them anew, for a store that an earlier program wrote.
 """
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from typing import LiteralString, NamedTuple, TypeAlias
+from typing import Any, LiteralString, NamedTuple, TypeAlias
 
 import neo4j
 
@@ -41,6 +40,7 @@ class Total(NamedTuple):
 
 
 Totals: TypeAlias = dict[Path, Total]
+_ROW = (*Path._fields, *Total._fields, "place")
 
 _OF_PROMPT: LiteralString = """
 MATCH (u:CircuitNode {prompt: $prompt})-[e:DIRECT|OV]->(v:CircuitNode)
@@ -102,17 +102,16 @@ SET f.n_prompts = n
 def of_record(prompt: PromptRecord) -> Totals:
     """What the edges between activations of this prompt add to FEEDS."""
     features = [_feature(node) for node in prompt.nodes]
-    weights: dict[Path, list[float]] = defaultdict(list)
-    shares: dict[Path, list[float]] = defaultdict(list)
+    found: dict[tuple[str, str, str, int, int], tuple[int, float, float]] = {}
     for source, target, via, layer, head, weight in edges_of(prompt):
         a, b = features[source], features[target]
         if a is None or b is None:
             continue
-        path = Path(b, a, via, layer, head)
         pre = prompt.nodes[target].pre_activation
-        weights[path].append(weight)
-        shares[path].append(weight / pre if pre else 0.0)
-    return {path: Total(1, len(w), sum(w), sum(shares[path])) for path, w in weights.items()}
+        path = b, a, via, layer, head
+        n_edges, weights, shares = found.get(path, (0, 0.0, 0.0))
+        found[path] = n_edges + 1, weights + weight, shares + (weight / pre if pre else 0.0)
+    return {Path._make(path): Total(1, *sums) for path, sums in found.items()}
 
 
 def of_stored(transaction: neo4j.ManagedTransaction, prompt: str) -> Totals:
@@ -128,7 +127,9 @@ def change(transaction: neo4j.ManagedTransaction, removed: Totals, added: Totals
     """Take the edges `removed` out of FEEDS and put the edges `added` in; the features must be there."""
     changes = _difference(removed, added)
     # Always in one order: two writers then wait for each other instead of locking each other out.
-    rows = [{**path._asdict(), **changes[path]._asdict(), "place": i} for i, path in enumerate(sorted(changes))]
+    rows: list[dict[str, Any]] = [
+        dict(zip(_ROW, (*path, *changes[path], i), strict=True)) for i, path in enumerate(sorted(changes))
+    ]
     for batch in batches(rows):
         there = {record["place"] for record in transaction.run(_ADD, {"rows": batch})}
         new = [row for row in batch if row["place"] not in there and row["n_edges"] > 0]
@@ -173,6 +174,8 @@ def edges_of(prompt: PromptRecord) -> Iterator[tuple[int, int, str, int, int, fl
 
 def _difference(removed: Mapping[Path, Total], added: Mapping[Path, Total]) -> Totals:
     """`added` minus `removed`, without the paths where nothing changes."""
+    if not removed:
+        return dict(added)
     zero = Total(0, 0, 0.0, 0.0)
     changes: Totals = {}
     for path in removed.keys() | added.keys():

@@ -77,6 +77,8 @@ class Count(NamedTuple):
         return Count._make(a + sign * b for a, b in zip(self, other, strict=True))
 
 
+_NONE = Count()
+
 # By rule; under None, over all rules.
 Counts: TypeAlias = dict[str | None, Count]
 Totals: TypeAlias = dict[Part, Counts]
@@ -127,15 +129,16 @@ MATCH (u:CircuitNode {prompt: prompt})-[e:DIRECT|OV]->(v:CircuitNode)
 RETURN prompt, u.id AS source, v.id AS target, type(e) AS via, coalesce(e.layer, -1) AS layer,
        coalesce(e.head, -1) AS head, e.weight AS weight
 """
-# Two writers of one task wait for each other here: until the first is through, the other does not read.
-_WAIT: LiteralString = "MERGE (t:TaskPart {id: $id}) SET t.task = $task, t.part = 'circuit'"
 _NAMES: tuple[LiteralString, ...] = ("n_circuits", "n_prompts", "n_prompts_as_root", "n_shares", "total_share")
 _BY_RULE: tuple[LiteralString, ...] = tuple(name + "_by_rule" for name in _NAMES)
 _SUMS: tuple[LiteralString, ...] = ("log2_circuits", "log2_share", "rules", *_NAMES, *_BY_RULE)
 _OF_PART: tuple[LiteralString, ...] = ("task", "part", "source", "target", "via", "layer", "head")
 _FIND: LiteralString = "MATCH (t:TaskPart {id: row.id}) "
-_READ: LiteralString = "UNWIND $ids AS id MATCH (t:TaskPart {id: id}) RETURN id, " + ", ".join(
-    "t." + name + " AS " + name for name in ("rules", *_NAMES, *_BY_RULE)
+# Two writers of one task wait for each other at MERGE: until the first is through, the other does not read.
+_READ: LiteralString = (
+    "UNWIND $tasks AS task MERGE (t:TaskPart {id: task.id}) SET t.task = task.name, t.part = 'circuit' "
+    "WITH count(*) AS locked UNWIND $ids AS id MATCH (t:TaskPart {id: id}) RETURN id, "
+    + ", ".join("t." + name + " AS " + name for name in ("rules", *_NAMES, *_BY_RULE))
 )
 _CREATE: LiteralString = (
     "UNWIND $rows AS row CREATE (t:TaskPart {"
@@ -179,11 +182,10 @@ def of_prompts(store: Store, prompts: Sequence[str]) -> Iterator[Totals]:
 def change(transaction: neo4j.ManagedTransaction, removed: Totals, added: Totals) -> None:
     """Take the circuits `removed` out and put the circuits `added` in."""
     changes = _difference(removed, added)
-    for task in sorted({part.task for part in changes}):
-        transaction.run(_WAIT, {"id": Part(task, "circuit").id, "task": task}).consume()
+    tasks = [{"id": Part(task, "circuit").id, "name": task} for task in sorted({part.task for part in changes})]
     for parts in batches(sorted(changes)):
         batch = {part.id: part for part in parts}
-        found = transaction.run(_READ, {"ids": list(batch)})
+        found = transaction.run(_READ, {"tasks": tasks, "ids": list(batch)})
         there = {record["id"]: counts_in(record.data()) for record in found}
         rows = {id: row(part, add(changes[part], there.get(id, {}))) for id, part in batch.items()}
         old = [row for id, row in rows.items() if id in there]
@@ -203,20 +205,20 @@ def add(counts: Counts, more: Counts, sign: int = 1) -> Counts:
     """Their sums, or with `sign` -1 the differences."""
     if not more:
         return counts
-    none = Count()
-    return {rule: counts.get(rule, none).plus(more.get(rule, none), sign) for rule in counts.keys() | more.keys()}
+    return {rule: counts.get(rule, _NONE).plus(more.get(rule, _NONE), sign) for rule in counts.keys() | more.keys()}
 
 
 def row(part: Part, counts: Counts) -> Row:
     """The properties of a part with these counts; without a rule, that of a part that no circuit has."""
     rules = sorted(rule for rule, count in counts.items() if rule is not None and count.n_circuits)
-    whole, by_rule = counts.get(None, Count()), [counts[rule] for rule in rules]
+    whole, by_rule = counts.get(None, _NONE), [counts[rule] for rule in rules]
     total = sum(count.total_share for count in by_rule)
-    found: Row = {name: value for name, value in zip(_OF_PART, part, strict=True) if value not in ("", -1)}
+    found: Row = {name: value for name, value in zip(_OF_PART, part, strict=True) if value != "" and value != -1}
     found |= zip(_NAMES, whole, strict=True)
     found |= zip(_BY_RULE, map(list, zip(*by_rule, strict=True)), strict=False)
-    found |= {"id": part.id, "rules": rules, "total_share": total}
-    return found | {"log2_circuits": whole.n_circuits.bit_length() - 1, "log2_share": log2_share(total)}
+    found["id"], found["rules"], found["total_share"] = part.id, rules, total
+    found["log2_circuits"], found["log2_share"] = whole.n_circuits.bit_length() - 1, log2_share(total)
+    return found
 
 
 def counts_in(properties: Mapping[str, Any]) -> Counts:
@@ -269,40 +271,53 @@ def _totals(
     task: str, circuits: Iterable[_Circuit], nodes: Mapping[Any, tuple[str, float]], edges: Iterable[_Edge]
 ) -> Totals:
     """What some circuits of one prompt add; `nodes` have a name and a pre_activation, 0 where they have none."""
-    whole = Part(task, "circuit")
-    of_node = {node: Part(task, "node", name) for node, (name, _) in nodes.items()}
+    parts: dict[Part, int] = {Part(task, "circuit"): 0}  # each with its number: one hash of many texts for each
+    of_node = {node: parts.setdefault(Part(task, "node", name), len(parts)) for node, (name, _) in nodes.items()}
     of_edge = [
-        (e, Part(task, "edge", nodes[e.source][0], nodes[e.target][0], *e[2:5]), nodes[e.target][1]) for e in edges
+        (source, target, parts.setdefault(part, len(parts)), weight / pre if pre else None)
+        for source, target, via, layer, head, weight in edges
+        for (a, _), (b, pre) in [(nodes[source], nodes[target])]
+        for part in [Part(task, "edge", a, b, via, layer, head)]
     ]
-    n_circuits: Counter[tuple[Part, str]] = Counter()
-    shares: defaultdict[tuple[Part, str], list[float]] = defaultdict(list)
-    roots: set[tuple[Part, str]] = set()
+    n_circuits: defaultdict[str, Counter[int]] = defaultdict(Counter)
+    shares: defaultdict[tuple[int, str], list[float]] = defaultdict(list)
+    roots: set[tuple[int, str]] = set()
     for circuit in circuits:
         members, value, rule = circuit.members, circuit.root_value, circuit.rule
-        has = {whole}
+        has = {0}
         roots.add((of_node[circuit.root], rule))
         for node, attribution in members.items():
             has.add(of_node[node])
             if value:
                 shares[of_node[node], rule].append(attribution / value)
-        for edge, part, pre in of_edge:
-            if edge.target in members and edge.source in members:
+        for source, target, part, share in of_edge:
+            if target in members and source in members:
                 has.add(part)
-                if pre:
-                    shares[part, rule].append(edge.weight / pre)
-        n_circuits.update((part, rule) for part in has)
-    totals: defaultdict[Part, Counts] = defaultdict(dict)
-    for (part, rule), n in n_circuits.items():
-        values = shares.get((part, rule), [])
-        # Exact in whatever order, so that a prompt written again changes nothing.
-        totals[part][rule] = Count(n, 1, int((part, rule) in roots), len(values), math.fsum(values))
-    for counts in totals.values():
-        sums = Count._make(map(sum, zip(*counts.values(), strict=True)))
-        counts[None] = sums._replace(n_prompts=1, n_prompts_as_root=min(1, sums.n_prompts_as_root))
-    return dict(totals)
+                if share is not None:
+                    shares[part, rule].append(share)
+        n_circuits[rule].update(has)
+    totals: list[Counts] = [{} for _ in parts]
+    for rule, counter in n_circuits.items():
+        for part, n in counter.items():
+            values = shares.get((part, rule), [])
+            # Exact in whatever order, so that a prompt written again changes nothing.
+            totals[part][rule] = Count(n, 1, int((part, rule) in roots), len(values), math.fsum(values))
+    return {part: _with_sum(counts) for part, counts in zip(parts, totals, strict=True) if counts}
+
+
+def _with_sum(counts: Counts) -> Counts:
+    """With the counts over all rules, of one prompt."""
+    whole, *others = counts.values()
+    for other in others:
+        whole = whole.plus(other)
+    if others:
+        whole = whole._replace(n_prompts=1, n_prompts_as_root=min(1, whole.n_prompts_as_root))
+    return counts | {None: whole}
 
 
 def _difference(removed: Totals, added: Totals) -> Totals:
     """`added` minus `removed`, without the parts where nothing changes."""
+    if not removed:
+        return added
     changes = {part: add(added.get(part, {}), removed.get(part, {}), -1) for part in removed.keys() | added.keys()}
     return {part: counts for part, counts in changes.items() if any(map(any, counts.values()))}
