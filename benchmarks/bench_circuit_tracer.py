@@ -1,14 +1,14 @@
 """Rows of direct edges against circuit-tracer 0.5.0, on the same weights and the same targets.
 
-    python -m benchmarks.bench_circuit_tracer 32|64
+    python -m benchmarks.bench_circuit_tracer 32|64 [cpu|cuda]
 
 A random model of GPT-2 small's shape with random MLP transcoders of 24,576 features in all 12 layers, their biases
 set so that about 50 fire on a token; attention is frozen and passed through; a prompt of 32 or 64 random tokens;
-float32, both on 2 threads. circuit-tracer picks 2,048 targets (10 logits and the features of most influence), and a
-row holds the edges into one target from all active features, errors and embeddings. Its seconds are those of its
-computation of rows alone, without its forward pass, encoding and ranking. Ours are of the same rows, with more
-sources: biases, position embeddings, and the MLPs on the first token, which it leaves out. Compared are all edges of
-its graph, node for node.
+float32, both on 2 threads, or both on the GPU and without TF32. circuit-tracer picks 2,048 targets (10 logits and
+the features of most influence), and a row holds the edges into one target from all active features, errors and
+embeddings. Its seconds are those of its computation of rows alone, without its forward pass, encoding and ranking.
+Ours are of the same rows, with more sources: biases, position embeddings, and the MLPs on the first token, which
+it leaves out. Compared are all edges of its graph, node for node.
 
 circuit-tracer is installed into an environment of its own under .cache, which shares torch with this one.
 Prints one JSON object.
@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 import venv
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,8 +30,9 @@ from safetensors.torch import load_file, save_file
 
 from atlas.records import Kind
 from benchmarks.bench_ingest import gpt2_shaped
+from benchmarks.clock import wall
 from ingest.edges import Sources, Targets, depth_of
-from ingest.model import MINI
+from ingest.model import MINI, check_device
 from ingest.nodes import Group, Nodes
 from ingest.open_paths import edge_rows, in_order
 from ingest.replacement import ReplacementModel, centre
@@ -40,41 +42,44 @@ VERSION = "0.5.0"
 THREADS, BATCH, N_ROWS, N_LOGITS, REPEATS = 2, 256, 2048, 10, 3
 
 
-def main(n_tokens: int) -> None:
+def main(n_tokens: str, device: str = "cpu") -> None:
     """Measure and print."""
     torch.set_num_threads(THREADS)
+    torch.set_float32_matmul_precision("highest")
+    check_device(device)
     python = environment()
-    setup = gpt2_shaped(sites=("mlp",))
-    tokens = torch.randint(1, 50_000, (n_tokens - 1,), generator=torch.Generator().manual_seed(1))
+    setup = gpt2_shaped(sites=("mlp",), device=device)
+    tokens = torch.randint(1, 50_000, (int(n_tokens) - 1,), generator=torch.Generator().manual_seed(1))
     replacement = setup.replace([setup.model.bos, *tokens.tolist()])
     with tempfile.TemporaryDirectory() as name:
         write(Path(name), setup, replacement)
         side = Path(__file__).with_name("circuit_tracer_side.py")
         done = subprocess.run([str(python), str(side), name], check=True, stdout=subprocess.PIPE, text=True)
-        graph = load_file(Path(name) / "graph.safetensors")
+        graph = load_file(Path(name) / "graph.safetensors", device)
     theirs = json.loads(done.stdout.strip().splitlines()[-1])
     nodes = every_node(setup, replacement)
     sources, targets = sources_of(nodes), targets_of(graph, replacement)
     took: list[tuple[float, float]] = []
     for _ in range(REPEATS):
-        started, cpu = time.perf_counter(), time.process_time()
+        started, cpu = wall(device), time.process_time()
         edges = all_rows(sources, targets, replacement)
-        took.append((time.perf_counter() - started, time.process_time() - cpu))
+        took.append((wall(device) - started, time.process_time() - cpu))
     compared, worst = difference(graph, edges[:, sources.node.argsort()], nodes)
-    wall, cpu = (statistics.median(column) for column in zip(*took, strict=True))
-    own, other = len(edges) / wall, theirs["rows"] / theirs["rows_s"]
+    seconds, cpu = (statistics.median(column) for column in zip(*took, strict=True))
+    own, other = len(edges) / seconds, theirs["rows"] / theirs["rows_s"]
+    by_processor = theirs["cpu_s"] / theirs["rows"] * len(edges) / cpu
     print(
         json.dumps(
             {
-                "tokens": n_tokens,
+                "tokens": len(replacement.trace.tokens),
                 "targets (rows)": theirs["rows"],
                 "sources": len(sources.node),
                 "circuit-tracer, rows a second": round(other, 1),
                 "rows a second": round(own, 1),
                 "rows a second / circuit-tracer's (goal: at least 40)": round(own / other, 1),
-                "the same by processor time": round(theirs["cpu_s"] / theirs["rows"] * len(edges) / cpu, 1),
+                **({"the same by processor time": round(by_processor, 1)} if device == "cpu" else {}),
                 "circuit-tracer with its forward pass, encoding and ranking, s": round(theirs["whole_s"], 1),
-                "circuit-tracer, peak memory, GB": round(theirs["peak_gb"], 1),
+                **{f"circuit-tracer, {what}": round(gb, 1) for what, gb in theirs["peak"].items()},
                 "edges compared": compared,
                 "largest difference / the target's largest edge (goal: at most 0.001)": float(f"{worst:.1e}"),
             }
@@ -114,19 +119,20 @@ def write(folder: Path, setup: Setup, replacement: ReplacementModel) -> None:
         folder / "model.safetensors",
     )
     request = {"threads": THREADS, "batch": BATCH, "rows": N_ROWS, "logits": N_LOGITS, "eps": bridge.cfg.eps}
-    request["tokenizer"] = str(MINI / "tokenizer.json")
+    request |= {"tokenizer": str(MINI / "tokenizer.json"), "device": setup.model.device.type}
     (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
 
 
 def every_node(setup: Setup, replacement: ReplacementModel) -> Nodes:
     """Every node of the prompt that writes."""
-    every = torch.arange(len(replacement.trace.tokens))
+    arange = partial(torch.arange, device=setup.model.device)
+    every = arange(len(replacement.trace.tokens))
     groups = [Group(Kind.EMBEDDING, -1, "", every, every), Group(Kind.POSITION, -1, "", every, every)]
     for layer in range(replacement.n_layers):
         site = replacement.mlp[layer]
         groups += [
             Group(Kind.BIAS, layer, "attn", every, every),
-            Group(Kind.MLP, layer, "mlp", site.position, torch.arange(len(site.position))),
+            Group(Kind.MLP, layer, "mlp", site.position, arange(len(site.position))),
             Group(Kind.ERROR, layer, "mlp", every, every),
             Group(Kind.BIAS, layer, "mlp", every, every),
         ]
@@ -137,7 +143,7 @@ def sources_of(nodes: Nodes) -> Sources:
     """All nodes with what they write, in order."""
     return in_order(
         Sources(
-            node=torch.arange(len(nodes)),
+            node=nodes.arange(0, len(nodes)),
             depth=torch.cat([torch.full_like(g.position, depth_of(g.layer, g.site)) for g in nodes.circuit]),
             position=torch.cat([g.position for g in nodes.circuit]),
             write=torch.cat([nodes.write(g) for g in nodes.circuit]),
@@ -159,17 +165,17 @@ def targets_of(graph: dict[str, torch.Tensor], replacement: ReplacementModel) ->
     ]
     n = len(layer) + len(last)
     return Targets(
-        node=torch.arange(n),
+        node=torch.arange(n, device=last.device),
         depth=torch.cat([2 * layer + 1, torch.full_like(last, 2 * replacement.n_layers)]),
         position=torch.cat([position, last]),
         read=torch.cat(read),
-        value=torch.zeros(n),
+        value=encoder.new_zeros(n),
     )
 
 
 def all_rows(sources: Sources, targets: Targets, replacement: ReplacementModel) -> Float[torch.Tensor, "target source"]:
     """Every edge into every target."""
-    edges = torch.empty(len(targets.node), len(sources.node))
+    edges = targets.read.new_empty(len(targets.node), len(sources.node))
     for numbers, weight in edge_rows(sources, targets, replacement):
         edges[numbers] = weight
     return edges
@@ -187,10 +193,9 @@ def difference(
         assert place is not None, "a feature fires in circuit-tracer and not here"
         found.append(int(nodes.first[number[Kind.MLP, layer, "mlp"]]) + place)
     errors = [nodes.numbers(number[Kind.ERROR, layer, "mlp"]) for layer in range(nodes.replacement.n_layers)]
-    ours = torch.cat([torch.tensor(found), *errors, nodes.numbers(0)])
-    first = torch.arange(len(features), len(ours) - n_pos, n_pos)  # the MLPs on the first token, which it leaves out
-    both = torch.ones(len(ours), dtype=torch.bool)
-    both[first] = False
+    ours = torch.cat([errors[0].new_tensor(found), *errors, nodes.numbers(0)])
+    both = torch.ones_like(ours, dtype=torch.bool)
+    both[len(features) : len(ours) - n_pos : n_pos] = False  # the MLPs on the first token, which it leaves out
     theirs = torch.cat([graph["edges"][: len(features)], graph["edges"][-len(graph["logits"]) :]])[:, : len(ours)]
     a, b = edges[:, ours[both]], theirs[:, both]
     off = (a - b).abs().max(1).values / b.abs().max(1).values
@@ -198,4 +203,4 @@ def difference(
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(*sys.argv[1:])

@@ -1,6 +1,6 @@
 """What a prompt costs before the database: its forward pass and encode, against everything.
 
-    python -m benchmarks.bench_ingest mini|gpt2
+    python -m benchmarks.bench_ingest mini|gpt2 [cpu|cuda] [float32|bfloat16]
 
 A prompt of 64 tokens with the 11 default roots. `forward + encode` is `Setup.replace`; `circuits` adds roots,
 sweep, edges, spans and records; `whole` also takes apart the scores that say why heads look where they do. All
@@ -10,18 +10,17 @@ layers, their biases set so that about 50 features fire a token and site. Prints
 """
 
 import json
-import resource
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from atlas.records import DictionaryRecord, PromptRecord, ReplacementModelRecord
+from benchmarks.clock import milliseconds, peak_memory, wall
 from ingest.circuits import CircuitRequest, prompt_record
 from ingest.cli import LOGIT_THRESHOLDS, THRESHOLDS
 from ingest.dictionaries import Dictionary, no_features
@@ -36,22 +35,23 @@ N_TOKENS, D_SAE, L0, REPEATS = 64, 24_576, 50, 7
 NEVER = 1e9  # a share that no head carries
 
 
-def main(which: str) -> None:
+def main(which: str, device: str = "cpu", dtype: str = "float32") -> None:
     """Measure and print."""
-    setup = set_up("mini") if which == "mini" else gpt2_shaped()
+    computing = {"dtype": getattr(torch, dtype), "device": device}
+    setup = set_up("mini", **computing) if which == "mini" else gpt2_shaped(**computing)
     tokens = text_tokens(setup)
     request = default_request(setup)
     without_scores = replace(request, look_share=NEVER)
     base, circuits, whole = [], [], []
     for _ in range(REPEATS + 1):
-        base.append(seconds(lambda: setup.replace(tokens)))
-        circuits.append(seconds(lambda: record(setup, tokens, without_scores)))
-        whole.append(seconds(lambda: record(setup, tokens, request)))
+        base.append(seconds(lambda: setup.replace(tokens), device))
+        circuits.append(seconds(lambda: record(setup, tokens, without_scores), device))
+        whole.append(seconds(lambda: record(setup, tokens, request), device))
     found = record(setup, tokens, request)
     print(
         json.dumps(
             {
-                "model": which,
+                "model": which if dtype == "float32" else f"{which}, {dtype}",
                 "tokens": len(tokens),
                 "active features a token and site": round(firing_rate(setup, tokens), 1),
                 "circuits": len(found.circuits),
@@ -60,13 +60,13 @@ def main(which: str) -> None:
                 "scores": len(found.scores.score),
                 "QK edges": len(found.qk.score),
                 "spans": len(found.spans),
-                "forward + encode, ms": round(1000 * statistics.median(base[1:]), 1),
-                "circuits, ms": round(1000 * statistics.median(circuits[1:]), 1),
-                "whole, ms": round(1000 * statistics.median(whole[1:]), 1),
+                "forward + encode, ms": milliseconds(statistics.median(base[1:])),
+                "circuits, ms": milliseconds(statistics.median(circuits[1:])),
+                "whole, ms": milliseconds(statistics.median(whole[1:])),
                 "circuits / forward + encode (goal: at most 2)": ratio(circuits, base),
                 "whole / circuits (goal: at most 2)": ratio(whole, circuits),
-                "peak memory, GB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
             }
+            | peak_memory(device)
         )
     )
 
@@ -88,11 +88,11 @@ def ratio(a: list[float], b: list[float]) -> float:
     return round(statistics.median(x / y for x, y in zip(a[1:], b[1:], strict=True)), 2)
 
 
-def seconds(work) -> float:
+def seconds(work: Callable[[], object], device: str) -> float:
     """How long `work` takes."""
-    started = time.perf_counter()
+    started = wall(device)
     work()
-    return time.perf_counter() - started
+    return wall(device) - started
 
 
 def text_tokens(setup: Setup) -> list[int]:
@@ -111,13 +111,18 @@ def firing_rate(setup: Setup, tokens: list[int]) -> float:
     return float(torch.stack(rates).mean())
 
 
-def gpt2_shaped(sites: Sequence[str] = ("attn", "mlp")) -> Setup:
-    """A random model of GPT-2 small's shape with random dictionaries at `sites` of every layer."""
+def gpt2_shaped(
+    sites: Sequence[str] = ("attn", "mlp"), dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> Setup:
+    """A random model of GPT-2 small's shape with random dictionaries at `sites` of every layer, alike on all devices.
+
+    Raises AtlasError where there is no such device.
+    """
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         GPT2LMHeadModel(GPT2Config()).save_pretrained(folder)
         PreTrainedTokenizerFast.from_pretrained(MINI).save_pretrained(folder)
-        model = load_model(folder)
+        model = load_model(folder, dtype, device=device)
     generator = torch.Generator().manual_seed(1)
     probe = trace(model, [0, *torch.randint(0, 50_000, (N_TOKENS - 1,), generator=generator).tolist()])
     dictionaries = [
@@ -130,9 +135,9 @@ def gpt2_shaped(sites: Sequence[str] = ("attn", "mlp")) -> Setup:
 
 
 def random_dictionary(model: str, layer: int, site: str, x: torch.Tensor) -> Dictionary:
-    """Random weights, with encoder biases that let about L0 features fire on a token of `x`."""
+    """Random weights beside `x`, with encoder biases that let about L0 features fire on a token of it."""
     d = x.shape[1]
-    W_enc = torch.randn(d, D_SAE).div_(d**0.5)
+    W_enc = torch.randn(d, D_SAE).div_(d**0.5).to(x.device)
     p = x[1:] @ W_enc
     bias = -p.flatten().kthvalue(int(p.numel() * (1 - L0 / D_SAE))).values
     record = DictionaryRecord(
@@ -149,10 +154,10 @@ def random_dictionary(model: str, layer: int, site: str, x: torch.Tensor) -> Dic
         revision="random",
         sha256="random",
     )
-    W_dec = torch.randn(D_SAE, d).div_(d**0.5)
-    matrices, zeros = Matrices(W_enc, W_dec), torch.zeros(d)
+    W_dec = torch.randn(D_SAE, d).div_(d**0.5).to(x.device)
+    matrices, zeros = Matrices(W_enc, W_dec), x.new_zeros(d)
     return Dictionary(lambda: matrices, bias.expand(D_SAE).clone(), zeros, zeros, None, None, record)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

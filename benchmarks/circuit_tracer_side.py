@@ -8,7 +8,6 @@ in the computation of rows are counted as such. Leaves `graph.safetensors` there
 """
 
 import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from circuit_tracer.attribution.attribute import attribute
 from circuit_tracer.attribution.context_transformerlens import AttributionContext
 from circuit_tracer.replacement_model.replacement_model_transformerlens import TransformerLensReplacementModel
 from circuit_tracer.transcoder.single_layer_transcoder import load_transcoder_set
+from clock import peak_memory, wall
 from safetensors.torch import load_file, save_file
 from transformer_lens import HookedTransformerConfig
 from transformers import PreTrainedTokenizerFast
@@ -26,7 +26,9 @@ from transformers import PreTrainedTokenizerFast
 def main(folder: Path) -> None:
     """Build the model, attribute, and leave the graph."""
     request = json.loads((folder / "request.json").read_text())
+    device = request["device"]
     torch.set_num_threads(request["threads"])
+    torch.set_float32_matmul_precision("highest")
     weights = load_file(folder / "model.safetensors")
     tokens = weights.pop("tokens")
     model = replacement_model(folder, weights, request)
@@ -34,20 +36,20 @@ def main(folder: Path) -> None:
     compute_batch = AttributionContext.compute_batch
 
     def timed(*arguments, **options):
-        started, cpu = time.perf_counter(), time.process_time()
+        started, cpu = wall(device), time.process_time()
         rows = compute_batch(*arguments, **options)
-        seconds["rows"] += time.perf_counter() - started
+        seconds["rows"] += wall(device) - started
         seconds["cpu"] += time.process_time() - cpu
         seconds["n"] += len(rows)
         return rows
 
     AttributionContext.compute_batch = timed
-    started = time.perf_counter()
+    started = wall(device)
     graph = attribute(
         tokens, model, max_n_logits=request["logits"], desired_logit_prob=1.0, batch_size=request["batch"],
         max_feature_nodes=request["rows"] - request["logits"],
     )  # fmt: skip
-    whole = time.perf_counter() - started
+    whole = wall(device) - started
     save_file(
         {
             "edges": graph.adjacency_matrix.contiguous(),
@@ -56,7 +58,6 @@ def main(folder: Path) -> None:
         },
         folder / "graph.safetensors",
     )
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(
         json.dumps(
             {
@@ -64,7 +65,7 @@ def main(folder: Path) -> None:
                 "rows_s": seconds["rows"],
                 "cpu_s": seconds["cpu"],
                 "whole_s": whole,
-                "peak_gb": peak,
+                "peak": peak_memory(device),
             }
         )
     )
@@ -78,11 +79,11 @@ def replacement_model(folder: Path, weights: dict[str, torch.Tensor], request: d
     config = HookedTransformerConfig(
         n_layers=n_layers, n_heads=n_heads, d_model=d_model, d_head=d_head, n_ctx=len(weights["pos_embed.W_pos"]),
         d_vocab=len(weights["embed.W_E"]), d_mlp=weights["blocks.0.mlp.W_in"].shape[1], act_fn="gelu_new",
-        normalization_type="LNPre", device="cpu", dtype=torch.float32, eps=request["eps"],
+        normalization_type="LNPre", device=request["device"], dtype=torch.float32, eps=request["eps"],
     )  # fmt: skip
     paths = {layer: str(folder / f"transcoder.{layer}.safetensors") for layer in range(n_layers)}
     transcoders = load_transcoder_set(
-        paths, "bench", "ln2.hook_normalized", "hook_mlp_out", device=torch.device("cpu"), dtype=torch.float32
+        paths, "bench", "ln2.hook_normalized", "hook_mlp_out", torch.device(request["device"]), torch.float32
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=request["tokenizer"])
     model = TransformerLensReplacementModel.from_config(config, transcoders, tokenizer=tokenizer)
