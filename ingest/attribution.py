@@ -28,7 +28,8 @@ from torch.nn import functional
 
 from ingest.replacement import ReplacementModel, Site, centre, nonzero, repeated
 
-warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
+# PyTorch says that they are in beta state, and 2.11 also that what is told not to be checked is not.
+warnings.filterwarnings("ignore", "Sparse (CSR tensor support|invariant checks)")
 
 READS = 64  # rows that look back at once
 
