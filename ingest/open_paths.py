@@ -32,7 +32,8 @@ from ingest import edges
 from ingest.edges import AttentionTargets, Sources, Targets, depth_of
 from ingest.replacement import ReplacementModel, centre
 
-BLOCK = 128  # rows carried at once
+BLOCK = 128  # rows that a processor carries at once
+GPU_CELLS = 2**17  # rows times positions that a GPU carries at once: of small products it waits for each
 
 
 def open_edges(
@@ -94,7 +95,8 @@ def edge_rows(
     """
     carry = _Carry(sources, model)
     order = _lexsort(-targets.depth, targets.position)
-    for block in order.split(BLOCK):
+    n_pos = len(model.trace.tokens)
+    for block in order.split(BLOCK if order.device.type == "cpu" else -(-GPU_CELLS // n_pos)):
         rows = block[targets.depth[block].argsort(descending=True, stable=True)]
         yield rows, carry.down(targets.depth[rows], targets.position[rows], targets.read[rows])
 
