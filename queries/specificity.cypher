@@ -62,14 +62,7 @@ CALL () {
 WITH collect({task: task, n: n_with}) AS found, sum(n_with) AS n_motif
 UNWIND CASE WHEN $task IS NULL THEN [x IN found WHERE x.task IS NOT NULL | x.task] ELSE [$task] END AS task
 WITH task, n_motif, coalesce([x IN found WHERE x.task = task | x.n][0], 0) AS n_with
-CALL (task) {
-  MATCH (p:Prompt {task: task})
-  RETURN count(p) AS n_task
-}
-CALL () {
-  MATCH (p:Prompt)
-  RETURN count(p) AS n_all
-}
+WITH task, n_with, n_motif, COUNT { MATCH (p:Prompt {task: task}) } AS n_task, COUNT { MATCH (p:Prompt) } AS n_all
 WITH task, n_with, n_task, n_motif, n_all,
      CASE WHEN n_motif < n_task THEN n_motif ELSE n_task END AS n_most
 WHERE n_task > 0

@@ -52,13 +52,25 @@ def test_task_parts_are_what_the_circuits_give(tables: list[Table], tmp_path: Pa
         assert verified(store, "task parts") == (len(parts), 0)
 
 
+def test_alike_are_things_that_are_nodes_as_often(tables: list[Table]) -> None:
+    drawn = bench_queries.things(tables, None)
+    again = bench_queries.things(tables, drawn)
+    n_nodes = next(t.rows for t in tables if t.name == "OF")["target"].value_counts()
+    number = {id: i for i, id in enumerate(next(t.rows for t in tables if t.name == "Feature")["id"])}
+    for name in ("features", "pairs", "looks"):
+        often = [min(n_nodes[number[id]] for id in thing) for thing in again[f"alike {name}"]]
+        assert often == drawn[f"nodes of {name}"]
+        assert again[f"alike {name}"] != drawn[name]
+
+
 @pytest.mark.neo4j
 def test_both_engines_answer_alike(tables: list[Table], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not (shutil.which("mvn") and shutil.which("java")):
         pytest.skip("neo4j-admin is in the jars, which need Maven and a JDK")
-    about_one = bench_queries.about_one_thing(bench_queries.things(tables, 2), 2)
+    drawn = bench_queries.things(tables, None, 2)
+    about_one = bench_queries.about_one_thing(drawn, 2)
     asks = [(name, call) for name, calls in about_one.items() for call in calls]
-    asks += list(bench_queries.WHOLE_STORE.items())
+    asks += [*bench_queries.about_hubs(drawn).items(), *bench_queries.WHOLE_STORE.items()]
     assert {name.split()[0].strip(",") for name, _ in asks} == set(questions())
     load_embedded(tmp_path / "store", tables)
     with neo4j_server.running(lambda home: load_neo4j(home, tables), options=neo4j_server.BRIEF) as server:
