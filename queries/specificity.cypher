@@ -11,7 +11,7 @@
 // Columns, the least likely by chance first:
 //   task*: string; the task
 //   n_with*: integer; its prompts with the motif
-//   n_task*: integer; its prompts
+//   n_task*: integer; its prompts that have circuits
 //   rate*: float; n_with over n_task
 //   n_with_elsewhere*: integer; other prompts with the motif
 //   n_elsewhere*: integer; other prompts
@@ -62,10 +62,11 @@ CALL () {
 WITH collect({task: task, n: n_with}) AS found, sum(n_with) AS n_motif
 UNWIND CASE WHEN $task IS NULL THEN [x IN found WHERE x.task IS NOT NULL | x.task] ELSE [$task] END AS task
 WITH task, n_motif, coalesce([x IN found WHERE x.task = task | x.n][0], 0) AS n_with
-WITH task, n_with, n_motif, COUNT { MATCH (p:Prompt {task: task}) } AS n_task, COUNT { MATCH (p:Prompt) } AS n_all
+// How many prompts a task has is stored: see TaskPart in docs/SCHEMA.md.
+MATCH (t:TaskPart {id: 'circuits in ' + task})
+WITH task, n_with, t.n_prompts AS n_task, n_motif, COUNT { MATCH (p:Prompt) } AS n_all
 WITH task, n_with, n_task, n_motif, n_all,
      CASE WHEN n_motif < n_task THEN n_motif ELSE n_task END AS n_most
-WHERE n_task > 0
 // The logarithm of the chance of exactly n_with: C(n_task, n_with) C(n_all - n_task, n_motif - n_with) / C(n_all, n_motif)
 WITH task, n_with, n_task, n_motif, n_all, n_most,
      reduce(sum = 0.0, i IN range(1, n_with) | sum + log(toFloat(n_task - n_with + i) / i))

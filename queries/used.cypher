@@ -59,12 +59,12 @@ ORDER BY r.n_prompts DESC, abs(r.mean_share) DESC, a.id, b.id, r.head
 LIMIT toInteger($among)
 // Once along the wires of every target, however many feed it.
 WITH b, collect({a: a, r: r, kind: kind}) AS feeds
-MATCH (b)<-[w:VIRTUAL_WEIGHT]-(x:Feature)
-WITH b, feeds, collect({source: x.id, via: w.via, head: coalesce(w.head, -1), weight: w.weight, rank: w.rank}) AS wires
+MATCH (b)<-[w:VIRTUAL_WEIGHT]-(x)
+WITH b, feeds, collect({source: x, via: w.via, head: coalesce(w.head, -1), weight: w.weight, rank: w.rank}) AS wires
 UNWIND feeds AS feed
 WITH feed.a AS a, feed.r AS r, b, [wire IN wires WHERE wire.via = feed.kind] AS wires
 WHERE size(wires) > 0
-WITH a, r, b, [wire IN wires WHERE wire.source = a.id AND wire.head = coalesce(r.head, -1)] AS own
+WITH a, r, b, [wire IN wires WHERE wire.source = a AND wire.head = coalesce(r.head, -1)] AS own
 WITH a, r, b, reduce(best = own[0], wire IN own | CASE WHEN wire.rank < best.rank THEN wire ELSE best END) AS w
 WHERE $show = 'all' OR w IS NULL
 RETURN a.id AS source,
