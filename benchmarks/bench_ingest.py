@@ -31,7 +31,8 @@ from ingest.setup import Setup, set_up
 from ingest.shelf import Matrices
 from ingest.trace import trace
 
-N_TOKENS, D_SAE, L0, REPEATS = 64, 24_576, 50, 7
+N_TOKENS, D_SAE, L0 = 64, 24_576, 50
+REPEATS = {"mini": 25, "gpt2": 7}
 NEVER = 1e9  # a share that no head carries
 
 
@@ -43,7 +44,7 @@ def main(which: str, device: str = "cpu", dtype: str = "float32") -> None:
     request = default_request(setup)
     without_scores = replace(request, look_share=NEVER)
     base, circuits, whole = [], [], []
-    for _ in range(REPEATS + 1):
+    for _ in range(REPEATS[which] + 1):
         base.append(seconds(lambda: setup.replace(tokens), device))
         circuits.append(seconds(lambda: record(setup, tokens, without_scores), device))
         whole.append(seconds(lambda: record(setup, tokens, request), device))

@@ -108,12 +108,13 @@ class _Carry:
         self.model, self.sources = model, sources
         trace, weights = model.trace, model.weights
         self.moving = (trace.pattern / trace.sigma_pre[:, None, None]).mT.contiguous()  # [layer, head, key, query]
-        self.W_V = centre(weights.W_V.mT)  # [layer, head, d_head, d_model]
-        cells, counts = torch.stack([sources.depth, sources.position]).unique_consecutive(dim=1, return_counts=True)
+        self.W_V = centre(weights.W_V.mT.contiguous())  # [layer, head, d_head, d_model]
+        n_pos = len(trace.tokens)
+        cells, counts = (sources.depth * n_pos + sources.position).unique_consecutive(return_counts=True)
         ends = counts.cumsum(0)
         self.cells: dict[int, list[tuple[int, int, int]]] = {}
-        for depth, position, start, end in zip(*cells.tolist(), (ends - counts).tolist(), ends.tolist(), strict=True):
-            self.cells.setdefault(depth, []).append((position, start, end))
+        for cell, start, end in zip(cells.tolist(), (ends - counts).tolist(), ends.tolist(), strict=True):
+            self.cells.setdefault(cell // n_pos, []).append((cell % n_pos, start, end))
         self.has_low = (
             model.n_layers > 1 and model.attn[1].dictionary.is_open and model.mlp[0].dictionary.W_skip is None
         )
