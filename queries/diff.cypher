@@ -100,19 +100,20 @@ CALL (n_a, n_b) {
   UNWIND circuits AS c
   CALL (c) {
     MATCH (c)-[part:INCLUDES]->(s:CircuitNode)
-    RETURN 'node' AS part, s, null AS t, null AS via, null AS layer, null AS head,
+    RETURN 'node' AS part, s, null AS t, null AS g, null AS via, null AS layer, null AS head,
            CASE WHEN c.root_value <> 0 THEN part.attribution / c.root_value ELSE 0.0 END AS share
     UNION ALL
     MATCH (c)-[:INCLUDES]->(n:CircuitNode)
     WITH collect(n) AS members
     UNWIND members AS t
+    OPTIONAL MATCH (t)-[:OF]->(g:Feature)
+    WITH members, t, g
     MATCH (t)<-[e:DIRECT|OV]-(s:CircuitNode)
     WHERE s IN members
-    RETURN 'edge' AS part, s, t, type(e) AS via, e.layer AS layer, e.head AS head,
+    RETURN 'edge' AS part, s, t, g, type(e) AS via, e.layer AS layer, e.head AS head,
            CASE WHEN t.pre_activation <> 0 THEN e.weight / t.pre_activation ELSE 0.0 END AS share
   }
   OPTIONAL MATCH (s)-[:OF]->(f:Feature)
-  OPTIONAL MATCH (t)-[:OF]->(g:Feature)
   WITH side, n_all, c, part, via, layer, head, share, f.label AS source_label, g.label AS target_label,
        CASE
          WHEN f IS NOT NULL THEN f.id

@@ -87,9 +87,12 @@ CALL (near5) {
 UNWIND [[1, edges1], [2, edges2], [3, edges3], [4, edges4], [5, edges5], [6, edges6]] AS step
 UNWIND step[1] AS e
 WITH e, min(step[0]) AS hop
-WITH e, hop, startNode(e) AS s, endNode(e) AS t
-MATCH (s)-[:AT]->(token:Token)
+// Once for each source, however many edges it has.
+WITH startNode(e) AS s, collect([e, hop]) AS edges
+OPTIONAL MATCH (s:Embedding)-[:AT]->(token:Token)
 OPTIONAL MATCH (s)-[:OF]->(f:Feature)
+UNWIND edges AS edge
+WITH edge[0] AS e, edge[1] AS hop, s, endNode(edge[0]) AS t, f, token
 OPTIONAL MATCH (t)-[:OF]->(g:Feature)
 WITH e, hop, s, t, f, g, token,
      [label IN labels(s) WHERE NOT label IN ['CircuitNode', 'Activation']][0] AS source_kind,

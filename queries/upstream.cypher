@@ -87,10 +87,13 @@ CALL (near5) {
 UNWIND [[1, edges1], [2, edges2], [3, edges3], [4, edges4], [5, edges5], [6, edges6]] AS step
 UNWIND step[1] AS e
 WITH e, min(step[0]) AS hop
-WITH e, hop, startNode(e) AS s, endNode(e) AS t
-MATCH (s)-[:AT]->(token:Token)
-OPTIONAL MATCH (s)-[:OF]->(f:Feature)
+// Once for each target, however many edges it has.
+WITH endNode(e) AS t, collect([e, hop]) AS edges
 OPTIONAL MATCH (t)-[:OF]->(g:Feature)
+UNWIND edges AS edge
+WITH edge[0] AS e, edge[1] AS hop, startNode(edge[0]) AS s, t, g
+OPTIONAL MATCH (s:Embedding)-[:AT]->(token:Token)
+OPTIONAL MATCH (s)-[:OF]->(f:Feature)
 WITH e, hop, s, t, f, g, token,
      [label IN labels(s) WHERE NOT label IN ['CircuitNode', 'Activation']][0] AS source_kind,
      [label IN labels(t) WHERE NOT label IN ['CircuitNode', 'Activation']][0] AS target_kind
