@@ -19,7 +19,7 @@ from atlas.store import Store, connect
 from atlas.verify import verify
 from atlas.writer import write_prompt
 from ingest.faithfulness import ablation
-from ingest.job import circuit_requests, prepare_tasks, run
+from ingest.job import circuit_requests, ctrl_c, prepare_tasks, run
 from ingest.prompts import Prompt
 from ingest.setup import set_up
 from queries.summary import summary
@@ -268,6 +268,17 @@ def kill_after(process: subprocess.Popen[bytes], prompts: int) -> None:
         if line.startswith(b"progress ") and int(line.split()[1]) >= prompts:
             break
     process.kill()
+
+
+def test_ctrl_c_counts_where_python_drops_it():
+    before = signal.getsignal(signal.SIGINT)
+    with ctrl_c() as check:
+        check()
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            check()
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_ctrl_c_ends_cleanly(tmp_path, directory):
