@@ -26,8 +26,8 @@ def make_missing(transaction: neo4j.ManagedTransaction, features: Sequence[tuple
     """
     for batch in batches(features):
         rows = [{"id": f"{d}/{index}", "dictionary": d, "index": index} for d, index in batch]
-        ids = {record["id"] for record in transaction.run(_MISSING, {"ids": [row["id"] for row in rows]})}
-        missing = [row for row in rows if row["id"] in ids]
+        unknown = {record["id"] for record in transaction.run(_MISSING, {"ids": [row["id"] for row in rows]})}
+        missing = [row for row in rows if row["id"] in unknown]
         if not missing:
             continue
         made = transaction.run(_MAKE, {"rows": missing}).single(strict=True)["n"]
