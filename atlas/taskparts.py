@@ -273,12 +273,11 @@ def _totals(
     """What some circuits of one prompt add; `nodes` have a name and a pre_activation, 0 where they have none."""
     parts: dict[Part, int] = {Part(task, "circuit"): 0}  # each with its number: one hash of many texts for each
     of_node = {node: parts.setdefault(Part(task, "node", name), len(parts)) for node, (name, _) in nodes.items()}
-    of_edge = [
-        (source, target, parts.setdefault(part, len(parts)), weight / pre if pre else None)
-        for source, target, via, layer, head, weight in edges
-        for (a, _), (b, pre) in [(nodes[source], nodes[target])]
-        for part in [Part(task, "edge", a, b, via, layer, head)]
-    ]
+    of_edge: list[tuple[int | str, int | str, int, float | None]] = []
+    for source, target, via, layer, head, weight in edges:
+        (a, _), (b, pre) = nodes[source], nodes[target]
+        part = parts.setdefault(Part(task, "edge", a, b, via, layer, head), len(parts))
+        of_edge.append((source, target, part, weight / pre if pre else None))
     n_circuits: defaultdict[str, Counter[int]] = defaultdict(Counter)
     shares: defaultdict[tuple[int, str], list[float]] = defaultdict(list)
     roots: set[tuple[int, str]] = set()
