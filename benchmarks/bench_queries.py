@@ -13,10 +13,11 @@ WARM calls about other things, or one of a question over the whole store, which 
 compile what is asked often. No more things are asked than SECONDS allow, and a call that takes longer is not made
 again: its first time is the figure.
 
-Each engine runs alone, in a process of its own, with the files of its stores read once beforehand, 4 GB of heap (Neo4j:
-for each of the two stores) and room for the pages of its stores beside it. Every answer of the one is compared with the
-other's, row by row and in order. Loaded stores are kept in the folder BENCH_STORES of the environment for the next
-time; without it they are temporary. The last line printed is JSON, one object for each engine.
+Each engine runs alone, in a process of its own, with 4 GB of heap (Neo4j: for each of the two stores) and room for the
+pages of its stores beside it. Before anything is asked, all files of the stores are read once, and every node and edge
+by a query, so that the pages are in that room. Every answer of the one engine is compared with the other's, row by row
+and in order. Loaded stores are kept in the folder BENCH_STORES of the environment for the next time; without it they
+are temporary. The last line printed is JSON, one object for each engine.
 """
 
 import contextlib
@@ -31,7 +32,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, LiteralString
 
 import numpy as np
 import pandas as pd
@@ -67,6 +68,16 @@ RETURN a.id AS a, b.id AS b, layer, head, n_prompts, n_edges
 """
 
 
+EVERYTHING: LiteralString = """
+CALL () {
+  MATCH (n)
+  RETURN count(n.id) AS n
+  UNION ALL
+  MATCH ()-[r]->()
+  RETURN count(r.weight) AS n
+}
+RETURN sum(n) AS n
+"""
 BESIDE = "motifs from the OV edges"  # not a question, and without a goal
 
 
@@ -82,7 +93,8 @@ def things(tables: list[Table], like: Things | None, n: int = DRAWN) -> Things:
     """Ids of `n` things of every kind that a question can be about, and of the hub.
 
     `features`, `pairs` and `looks` come with how often they are nodes, of two the one that is less often. With the
-    things of another store, also those that are nodes here as often as they are there, under `alike`.
+    things of another store, also those that are nodes here as often as they are there, under `alike`, and more
+    circuits, prompts and nodes, as nothing is asked a second time.
     """
     rng = np.random.default_rng(1)
     of = {table.name: table.rows for table in tables}
@@ -91,18 +103,21 @@ def things(tables: list[Table], like: Things | None, n: int = DRAWN) -> Things:
     n_nodes = np.bincount(of["OF"]["target"], minlength=len(ids))
     feeds = pd.concat([table.rows[["source", "target"]] for table in tables if table.name == "FEEDS"])
     qk = of["QK"][of["QK"]["source"].isin(node_of.index) & of["QK"]["target"].isin(node_of.index)]
-    nodes = pd.concat([of["Attn"], of["MLP"]])["id"].to_numpy()
+    all_of_others = {
+        "circuits": of["Circuit"]["id"].to_numpy(),
+        "prompts": of["Prompt"]["id"].to_numpy(),
+        "nodes": pd.concat([of["Attn"], of["MLP"]])["id"].to_numpy(),
+    }
     all_of_features = {
         "features": np.flatnonzero(n_nodes)[:, None],
         "pairs": feeds.to_numpy(),
         "looks": np.stack([node_of[qk["source"]], node_of[qk["target"]]], 1),
     }
-    drawn: Things = {
-        "circuits": rng.choice(of["Circuit"]["id"].to_numpy(), n).tolist(),
-        "prompts": rng.choice(of["Prompt"]["id"].to_numpy(), n).tolist(),
-        "nodes": nodes[rng.integers(0, len(nodes), n)].tolist(),
-        "hubs": [[ids[n_nodes.argmax()]]],
-    }
+    drawn: Things = {"hubs": [[ids[n_nodes.argmax()]]]}
+    for name, rows in all_of_others.items():
+        drawn[name] = rows[rng.integers(0, len(rows), n)].tolist()
+        if like:
+            drawn[f"alike {name}"] = rows[rng.integers(0, len(rows), n)].tolist()
     for name, rows in all_of_features.items():
         often = n_nodes[rows].min(1)
         picked = rng.integers(0, len(rows), n)
@@ -148,13 +163,13 @@ def about_one_thing(drawn: Things, n: int, alike: str = "") -> dict[str, list[As
         "spans of a prompt": lambda s, p: queries.spans(s, prompt=p),
     }
     of_node = {"upstream of a node": lambda s, n: queries.upstream(s, node=n, hops=3)}
-    circuits, prompts = drawn["circuits"][:n], drawn["prompts"][:n]
+    circuits, prompts, nodes = (drawn[f"{alike}{name}"][:n] for name in ("circuits", "prompts", "nodes"))
     kinds: list[tuple[dict[str, Callable[..., pd.DataFrame]], list[list[str]]]] = [
         (OF_FEATURE, drawn[f"{alike}features"][:n]),
         (of_circuit, [[c] for c in circuits]),
         (of_pair, drawn[f"{alike}pairs"][:n]),
         ({"qk_between": queries.qk_between}, drawn[f"{alike}looks"][:n]),
-        (of_node, [[node] for node in drawn["nodes"][:n]]),
+        (of_node, [[node] for node in nodes]),
         (of_prompt, [[p] for p in prompts]),
         ({"diff of two circuits": queries.diff}, _two_of(circuits)),
         ({"diff of two prompts": queries.diff}, _two_of(prompts)),
@@ -308,10 +323,11 @@ def _load(engine: str, folder: Path, tables: list[Table]) -> None:
 
 @contextlib.contextmanager
 def opened(engine: str, folder: Path) -> Iterator[Store]:
-    """The engine on its store, all files of which were read once, so that no answer waits for the disk."""
+    """The engine on its store, all of which was read once, so that no answer waits for the disk or for a page."""
     size = sum(_read_through(path) for path in sorted(folder.rglob("*")) if path.is_file())
     if engine == "embedded":
         with connect(folder) as store:
+            store.read(EVERYTHING)
             yield store
         return
     with neo4j_server.running(heap=f"{HEAP}m", page_cache=f"{size // 2**20 + 256}m", home=folder) as server:
@@ -319,6 +335,7 @@ def opened(engine: str, folder: Path) -> Iterator[Store]:
         with connect(server.bolt) as store:
             prepare(store)
             store.change("CALL db.awaitIndexes(3600)")
+            store.read(EVERYTHING)
             yield store
 
 

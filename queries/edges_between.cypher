@@ -33,8 +33,8 @@ WITH a, b, coalesce(a.n_prompts, 0) < coalesce(b.n_prompts, 0) AS from_a
 CALL (a, b, from_a) {
   WITH a, b
   WHERE from_a
-  MATCH (a)<-[:OF]-(s:CircuitNode)
-  MATCH (s)-[e:DIRECT|OV]->(t:CircuitNode)
+  MATCH (a)<-[:OF]-(s:Activation)
+  MATCH (s)-[e:DIRECT|OV]->(t:Activation)
   WHERE t.layer = b.layer AND t.site = b.site
   MATCH (t)-[:OF]->(x:Feature)
   WHERE x = b
@@ -42,8 +42,8 @@ CALL (a, b, from_a) {
   UNION ALL
   WITH a, b
   WHERE NOT from_a
-  MATCH (b)<-[:OF]-(t:CircuitNode)
-  MATCH (t)<-[e:DIRECT|OV]-(s:CircuitNode)
+  MATCH (b)<-[:OF]-(t:Activation)
+  MATCH (t)<-[e:DIRECT|OV]-(s:Activation)
   WHERE s.layer = a.layer AND s.site = a.site
   MATCH (s)-[:OF]->(x:Feature)
   WHERE x = a

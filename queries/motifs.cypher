@@ -65,14 +65,13 @@ CALL (pairs) {
   RETURN startNode(r) AS a, r, endNode(r) AS b, null AS q, null AS c,
          r.n_prompts AS n_prompts, r.n_edges AS n_edges, r.mean_share AS mean_share
   UNION ALL
-  UNWIND CASE WHEN $length = 3 THEN pairs ELSE [] END AS q
-  WITH pairs, startNode(q) AS middle, collect(q) AS onward
-  UNWIND pairs AS r
-  WITH r, middle, onward
-  WHERE endNode(r) = middle
-  UNWIND onward AS q
+  UNWIND CASE WHEN $length = 3 THEN pairs ELSE [] END AS pair
+  UNWIND [{b: endNode(pair), r: pair}, {b: startNode(pair), q: pair}] AS at
+  WITH at.b AS b, collect(at.r) AS before, collect(at.q) AS after
+  UNWIND before AS r
+  UNWIND after AS q
   // No more prompts can show both than show the rarer one.
-  WITH r, q, startNode(r) AS a, endNode(r) AS b, endNode(q) AS c,
+  WITH r, q, startNode(r) AS a, b, endNode(q) AS c,
        CASE WHEN r.n_prompts < q.n_prompts THEN r.n_prompts ELSE q.n_prompts END AS most
   ORDER BY most DESC, a.id, b.id, c.id, r.head, q.head
   LIMIT toInteger($limit)
@@ -82,12 +81,12 @@ CALL (pairs) {
   WITH b, collect({a: a, r: r, via_ab: r.via, head_ab: head_ab, q: q, via_bc: q.via, head_bc: head_bc, c: c}) AS chains,
        collect(DISTINCT a) AS firsts, collect(DISTINCT a.layer) AS layers_a, collect(DISTINCT head_ab) AS heads_ab,
        collect(DISTINCT c) AS lasts, collect(DISTINCT c.layer) AS layers_c, collect(DISTINCT head_bc) AS heads_bc
-  MATCH (b)<-[:OF]-(v:CircuitNode)
-  MATCH (v)<-[e:DIRECT|OV]-(u:CircuitNode)
+  MATCH (b)<-[:OF]-(v:Activation)
+  MATCH (v)<-[e:DIRECT|OV]-(u:Activation)
   WHERE coalesce(e.head, -1) IN heads_ab AND u.layer IN layers_a
   MATCH (u)-[:OF]->(x:Feature)
   WHERE x IN firsts
-  MATCH (v)-[f:DIRECT|OV]->(w:CircuitNode)
+  MATCH (v)-[f:DIRECT|OV]->(w:Activation)
   WHERE coalesce(f.head, -1) IN heads_bc AND w.layer IN layers_c
   MATCH (w)-[:OF]->(y:Feature)
   WHERE y IN lasts

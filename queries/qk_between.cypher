@@ -31,8 +31,8 @@ WITH a, b, coalesce(a.n_prompts, 0) < coalesce(b.n_prompts, 0) AS from_a
 CALL (a, b, from_a) {
   WITH a, b
   WHERE from_a
-  MATCH (a)<-[:OF]-(v:CircuitNode)
-  MATCH (v)-[e:QK]->(u:CircuitNode)
+  MATCH (a)<-[:OF]-(v:Activation)
+  MATCH (v)-[e:QK]->(u:Activation)
   WHERE u.layer = b.layer AND u.site = b.site
   MATCH (u)-[:OF]->(x:Feature)
   WHERE x = b
@@ -40,8 +40,8 @@ CALL (a, b, from_a) {
   UNION ALL
   WITH a, b
   WHERE NOT from_a
-  MATCH (b)<-[:OF]-(u:CircuitNode)
-  MATCH (u)<-[e:QK]-(v:CircuitNode)
+  MATCH (b)<-[:OF]-(u:Activation)
+  MATCH (u)<-[e:QK]-(v:Activation)
   WHERE v.layer = a.layer AND v.site = a.site
   MATCH (v)-[:OF]->(x:Feature)
   WHERE x = a

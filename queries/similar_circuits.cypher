@@ -18,27 +18,28 @@
 // In Neo4j Browser, first:
 //   :param {circuit: "4f1c09d2a6b8e735/9/2/mlp/812/relative", among: 100, limit: 20}
 
-MATCH (c:Circuit {id: $circuit})-[part:INCLUDES]->(:CircuitNode)-[:OF]->(f:Feature)
+MATCH (c:Circuit {id: $circuit})-[part:INCLUDES]->(:Activation)-[:OF]->(f:Feature)
 WHERE c.root_value <> 0
 WITH c, f, sum(abs(part.attribution / c.root_value)) AS own
 WITH c, f, own, coalesce(f.n_prompts, 0) AS n_prompts
 ORDER BY n_prompts, f.id
-WITH c, sum(own) AS ours, collect(f) AS features, collect({feature: f.id, own: own}) AS mine, collect(n_prompts) AS counts
+WITH c, sum(own) AS ours, collect(f) AS features, collect(own) AS weights, collect(n_prompts) AS counts
 CALL (c, features, counts) {
   UNWIND range(0, size(features) - 1) AS i
   WITH c, features[i] AS f, i, reduce(n = 0, k IN counts[0..i + 1] | n + k) AS n_prompts
   WHERE i = 0 OR n_prompts <= $among
-  MATCH (f)<-[:OF]-(n:CircuitNode)
+  MATCH (f)<-[:OF]-(n:Activation)
   MATCH (n)<-[:INCLUDES]-(d:Circuit)
   WHERE d.id <> c.id AND d.root_value <> 0 AND NOT d:MultiToken
   RETURN collect(DISTINCT d) AS others
 }
 UNWIND others AS d
-CALL (d, features, mine) {
-  MATCH (d)-[part:INCLUDES]->(n:CircuitNode)
+CALL (d, features, weights) {
+  WITH d, features, weights, d.root_value AS root_value
+  MATCH (d)-[part:INCLUDES]->(n:Activation)
   MATCH (n)-[:OF]->(g:Feature)
-  WITH d, features, mine, g, sum(abs(part.attribution / d.root_value)) AS other
-  WITH other, CASE WHEN g IN features THEN [pair IN mine WHERE pair.feature = g.id | pair.own][0] END AS own
+  WITH features, weights, g, sum(abs(part.attribution / root_value)) AS other
+  WITH other, CASE WHEN g IN features THEN [i IN range(0, size(features) - 1) WHERE features[i] = g | weights[i]][0] END AS own
   RETURN sum(other) AS theirs, count(own) AS n_shared,
          sum(CASE WHEN own < other THEN own WHEN own IS NOT NULL THEN other ELSE 0.0 END) AS shared
 }

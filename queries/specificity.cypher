@@ -29,8 +29,8 @@ CALL () {
   CALL (a, b, from_a) {
     WITH a, b
     WHERE from_a
-    MATCH (a)<-[:OF]-(s:CircuitNode)
-    MATCH (s)-[e:DIRECT|OV]->(t:CircuitNode)
+    MATCH (a)<-[:OF]-(s:Activation)
+    MATCH (s)-[e:DIRECT|OV]->(t:Activation)
     WHERE t.layer = b.layer AND t.site = b.site
     MATCH (t)-[:OF]->(x:Feature)
     WHERE x = b
@@ -38,8 +38,8 @@ CALL () {
     UNION ALL
     WITH a, b
     WHERE NOT from_a
-    MATCH (b)<-[:OF]-(t:CircuitNode)
-    MATCH (t)<-[e:DIRECT|OV]-(s:CircuitNode)
+    MATCH (b)<-[:OF]-(t:Activation)
+    MATCH (t)<-[e:DIRECT|OV]-(s:Activation)
     WHERE s.layer = a.layer AND s.site = a.site
     MATCH (s)-[:OF]->(x:Feature)
     WHERE x = a
@@ -52,7 +52,7 @@ CALL () {
     UNWIND CASE WHEN $c IS NULL THEN [t.prompt] ELSE [] END AS prompt
     RETURN prompt
     UNION
-    MATCH (t)-[:DIRECT|OV]->(:CircuitNode)-[:OF]->(:Feature {id: $c})
+    MATCH (t)-[:DIRECT|OV]->(:Activation)-[:OF]->(:Feature {id: $c})
     RETURN t.prompt AS prompt
   }
   WITH DISTINCT prompt

@@ -57,15 +57,45 @@ WHERE $via IS NULL OR r.via = $via
 WITH a, r, b, kind
 ORDER BY r.n_prompts DESC, abs(r.mean_share) DESC, a.id, b.id, r.head
 LIMIT toInteger($among)
-// Once along the wires of every target, however many feed it.
-WITH b, collect({a: a, r: r, kind: kind}) AS feeds
-MATCH (b)<-[w:VIRTUAL_WEIGHT]-(x)
-WITH b, feeds, collect({source: x, via: w.via, head: coalesce(w.head, -1), weight: w.weight, rank: w.rank}) AS wires
+WITH collect({a: a, r: r, b: b, kind: kind}) AS feeds
+CALL (feeds) {
+  UNWIND feeds AS feed
+  RETURN feed.a AS a, feed.b AS b, feed.kind AS kind, feed.r.head AS head, feed.r AS r, null AS w
+  UNION ALL
+  // Once along the wires of every target, however many feed it, or along those of the feature.
+  UNWIND CASE WHEN $feature IS NULL THEN feeds ELSE [] END AS feed
+  WITH DISTINCT feed.b AS b
+  MATCH (b)<-[w:VIRTUAL_WEIGHT]-(a)
+  RETURN a, b, w.via AS kind, w.head AS head, null AS r, w
+  UNION ALL
+  WITH $feature AS id
+  WHERE id IS NOT NULL
+  MATCH (a:Feature {id: id})-[w:VIRTUAL_WEIGHT]->(b)
+  RETURN a, b, w.via AS kind, w.head AS head, null AS r, w
+  UNION ALL
+  WITH $feature AS id
+  WHERE id IS NOT NULL
+  MATCH (b:Feature {id: id})<-[w:VIRTUAL_WEIGHT]-(a)
+  RETURN a, b, w.via AS kind, w.head AS head, null AS r, w
+}
+WITH a, b, kind, coalesce(head, -1) AS head, collect(r)[0] AS r, collect(w) AS wires
+WHERE r IS NOT NULL
+WITH a, b, kind, r, reduce(best = wires[0], wire IN wires | CASE WHEN wire.rank < best.rank THEN wire ELSE best END) AS w
+WITH b, kind, collect({a: a, r: r, w: w}) AS feeds, count(w) AS n_wired
+CALL (b, kind, n_wired) {
+  WITH b, kind
+  WHERE n_wired = 0
+  MATCH (b)<-[w:VIRTUAL_WEIGHT]-()
+  WHERE w.via = kind
+  RETURN 1 AS known
+  LIMIT 1
+  UNION ALL
+  WITH n_wired
+  WHERE n_wired > 0
+  RETURN 1 AS known
+}
 UNWIND feeds AS feed
-WITH feed.a AS a, feed.r AS r, b, [wire IN wires WHERE wire.via = feed.kind] AS wires
-WHERE size(wires) > 0
-WITH a, r, b, [wire IN wires WHERE wire.source = a AND wire.head = coalesce(r.head, -1)] AS own
-WITH a, r, b, reduce(best = own[0], wire IN own | CASE WHEN wire.rank < best.rank THEN wire ELSE best END) AS w
+WITH feed.a AS a, feed.r AS r, b, feed.w AS w
 WHERE $show = 'all' OR w IS NULL
 RETURN a.id AS source,
        a.label AS source_label,
