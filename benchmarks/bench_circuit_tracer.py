@@ -36,7 +36,7 @@ from benchmarks.clock import wall
 from ingest.edges import Sources, Targets, depth_of
 from ingest.model import MINI, check_device
 from ingest.nodes import Group, Nodes
-from ingest.open_paths import edge_rows, in_order
+from ingest.open_paths import EdgeRows, edge_rows
 from ingest.replacement import ReplacementModel, centre
 from ingest.setup import Setup
 
@@ -63,8 +63,9 @@ def main(n_tokens: str, device: str = "cpu") -> None:
     nodes = every_node(setup, replacement)
     sources, targets = sources_of(nodes), targets_of(graph, replacement)
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _of_addmm}) as counter:
-        edges = all_rows(sources, targets, replacement)
-    compared, worst = difference(graph, edges[:, sources.node.argsort()], nodes)
+        rows = all_rows(sources, targets, replacement)
+    edges = table(rows, len(targets.node), len(sources.node))
+    compared, worst = difference(graph, edges, nodes)
     took: list[tuple[float, float, float]] = []
     for _ in range(REPEATS):
         started, cpu = wall(device), time.process_time()
@@ -163,14 +164,12 @@ def every_node(setup: Setup, replacement: ReplacementModel) -> Nodes:
 
 
 def sources_of(nodes: Nodes) -> Sources:
-    """All nodes with what they write, in order."""
-    return in_order(
-        Sources(
-            node=nodes.arange(0, len(nodes)),
-            depth=torch.cat([torch.full_like(g.position, depth_of(g.layer, g.site)) for g in nodes.circuit]),
-            position=torch.cat([g.position for g in nodes.circuit]),
-            write=torch.cat([nodes.write(g) for g in nodes.circuit]),
-        )
+    """All nodes with what they write."""
+    return Sources(
+        node=nodes.arange(0, len(nodes)),
+        depth=torch.cat([torch.full_like(g.position, depth_of(g.layer, g.site)) for g in nodes.circuit]),
+        position=torch.cat([g.position for g in nodes.circuit]),
+        write=torch.cat([nodes.write(g) for g in nodes.circuit]),
     )
 
 
@@ -196,11 +195,17 @@ def targets_of(graph: dict[str, torch.Tensor], replacement: ReplacementModel) ->
     )
 
 
-def all_rows(sources: Sources, targets: Targets, replacement: ReplacementModel) -> Float[torch.Tensor, "target source"]:
+def all_rows(sources: Sources, targets: Targets, replacement: ReplacementModel) -> list[EdgeRows]:
     """Every edge into every target."""
-    edges = targets.read.new_empty(len(targets.node), len(sources.node))
-    for numbers, weight in edge_rows(sources, targets, replacement):
-        edges[numbers] = weight
+    return list(edge_rows(sources, targets, replacement))
+
+
+def table(rows: list[EdgeRows], n_targets: int, n_sources: int) -> Float[torch.Tensor, "target source"]:
+    """The same as one matrix."""
+    edges = rows[0].weight.new_zeros(n_targets, n_sources)
+    for target, source, weight in rows:
+        at = target[None, :, None], source[:, None]
+        edges.index_put_(at, weight, accumulate=True)  # cells are filled up with source 0 at weight 0
     return edges
 
 

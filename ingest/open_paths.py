@@ -16,16 +16,18 @@ at a layer are the first few. P and sigma_pre are folded into W_V and A. What co
 at every position, and a row is spared them where they can be done on less:
 
     first open attention under it    the row is at one query: one product with W_O, and with W_V one a head
-    attention of layer 1             W_V is applied to the sources below it, once for all rows (`low`)
-    attention of layer 0             it moves embeddings only, once for all rows (`moved`)
+    attention of layer 1             W_V is applied to the sources below it, once for all rows
+    attention of layer 0             it moves embeddings only, once for all rows
+
+The sources of a layer are dotted with all rows in one product, a batch of positions with as many sources at each.
 """
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
-from torch.nn import functional
+from jaxtyping import Bool, Float, Int
 
 from atlas.records import DirectEdges, OVEdges
 from ingest import edges
@@ -36,6 +38,17 @@ BLOCK = 128  # rows that a processor carries at once
 GPU_CELLS = 2**17  # rows times positions that a GPU carries at once: of small products it waits for each
 
 
+class EdgeRows(NamedTuple):
+    """The weights of all edges into some targets from some sources; targets and sources are told by their numbers.
+
+    A weight is 0 where there is no edge, as from source 0, by which cells are filled up to be of one length.
+    """
+
+    target: Int[torch.Tensor, " row"]
+    source: Int[torch.Tensor, "cell n"]
+    weight: Float[torch.Tensor, "cell row n"]
+
+
 def open_edges(
     sources: Sources, targets: Targets, attention: Sequence[AttentionTargets], model: ReplacementModel
 ) -> tuple[DirectEdges, OVEdges]:
@@ -44,13 +57,12 @@ def open_edges(
     per_head = [_per_head(at) for at in attention]
     every = Targets(*(torch.cat(c) for c in zip(*(vars(t).values() for t in (targets, *per_head)), strict=True)))
     head = torch.arange(len(every.node) - len(targets.node), device=every.node.device) % n_heads
-    sources = in_order(sources)
     none = sources.node[:0]
     found = [(none, none, none.double())]
-    for rows, weight in edge_rows(sources, every, model):
-        strong = (weight.abs() >= edges.SHARE * every.value[rows, None].abs()) & (weight != 0)
-        row, source = strong.nonzero(as_tuple=True)
-        found.append((rows[row], source, weight[row, source].double()))
+    for target, source, weight in edge_rows(sources, every, model):
+        strong = (weight.abs() >= edges.SHARE * every.value[target, None].abs()) & (weight != 0)
+        cell, row, place = strong.nonzero(as_tuple=True)
+        found.append((target[row], source[cell, place], weight[strong].double()))
     row, source, weight = (torch.cat(column) for column in zip(*found, strict=True))
     reading = row < len(targets.node)
     direct = DirectEdges(
@@ -74,99 +86,125 @@ def open_edges(
     return direct, ov
 
 
-def in_order(sources: Sources) -> Sources:
-    """The sources by depth, and of one depth by position."""
-    order = _lexsort(sources.position, sources.depth)
-    return Sources(*(column[order] for column in vars(sources).values()))
+def edge_rows(sources: Sources, targets: Targets, model: ReplacementModel) -> Iterator[EdgeRows]:
+    """Every edge into every target, once.
 
-
-def _lexsort(second: Int[torch.Tensor, " n"], first: Int[torch.Tensor, " n"]) -> Int[torch.Tensor, " n"]:
-    """The order by `first`, and of what is alike in it by `second`."""
-    order = second.argsort(stable=True)
-    return order[first[order].argsort(stable=True)]
-
-
-def edge_rows(
-    sources: Sources, targets: Targets, model: ReplacementModel
-) -> Iterator[tuple[Int[torch.Tensor, " row"], Float[torch.Tensor, "row source"]]]:
-    """The weights of all edges into some targets at a time, which are given by their numbers.
-
-    `sources` are `in_order`. `targets` at an even depth are attention features, which read z.
+    `targets` at an even depth are attention features, which read z.
     """
     carry = _Carry(sources, model)
-    order = _lexsort(-targets.depth, targets.position)
+    order = (-targets.depth).argsort(stable=True)
+    order = order[targets.position[order].argsort(stable=True)]
     n_pos = len(model.trace.tokens)
     for block in order.split(BLOCK if order.device.type == "cpu" else -(-GPU_CELLS // n_pos)):
         rows = block[targets.depth[block].argsort(descending=True, stable=True)]
-        yield rows, carry.down(targets.depth[rows], targets.position[rows], targets.read[rows])
+        yield from carry.down(rows, targets.depth[rows], targets.position[rows], targets.read[rows])
+
+
+class _Cells(NamedTuple):
+    """Sources by position, as many at each: where there are fewer, source 0 stands, and writes nothing."""
+
+    source: Int[torch.Tensor, "pos n"]
+    write: Float[torch.Tensor, "pos n d"]
 
 
 class _Carry:
-    """What is frozen, folded, and the sources by depth and position."""
+    """What is frozen, folded, and the sources by layer and position."""
 
     def __init__(self, sources: Sources, model: ReplacementModel) -> None:
         self.model, self.sources = model, sources
         trace, weights = model.trace, model.weights
+        self.n_pos = len(trace.tokens)
         self.moving = (trace.pattern / trace.sigma_pre[:, None, None]).mT.contiguous()  # [layer, head, key, query]
         self.W_V = centre(weights.W_V.mT.contiguous())  # [layer, head, d_head, d_model]
-        n_pos = len(trace.tokens)
-        cells, counts = (sources.depth * n_pos + sources.position).unique_consecutive(return_counts=True)
-        ends = counts.cumsum(0)
-        self.cells: dict[int, list[tuple[int, int, int]]] = {}
-        for cell, start, end in zip(cells.tolist(), (ends - counts).tolist(), ends.tolist(), strict=True):
-            self.cells.setdefault(cell // n_pos, []).append((cell % n_pos, start, end))
-        self.has_low = (
-            model.n_layers > 1 and model.attn[1].dictionary.is_open and model.mlp[0].dictionary.W_skip is None
-        )
-        self.low = self._low(sources.write[: int((sources.depth < depth_of(1, "attn")).sum())])
-        self.moved = self._moved_embeddings() if model.attn[0].dictionary.is_open else []
+        depth, layers = sources.depth, range(model.n_layers)
+        self.skips = [site.dictionary.W_skip for site in model.mlp]
+        self.attn = [self._cells(depth == depth_of(layer, "attn")) for layer in layers]
+        # Rows come to both sites of a layer alike, unless something is skipped to between them.
+        self.mlp = [
+            self._cells(depth == depth_of(layer, "mlp") if self.skips[layer] is not None else depth // 2 == layer)
+            for layer in layers
+        ]
+        self.embedding = (depth < 0).nonzero()[:, 0]
+        write, moved = self._embedded()
+        self.embedded = self._at_queries(write, moved)
+        self.has_low = model.n_layers > 1 and model.attn[1].dictionary.is_open and self.skips[0] is None
+        if self.has_low:
+            W_V = self.W_V[1].flatten(0, 1).T
+            self.low = self.mlp[0].write @ W_V
+            self.low_embedded = self._at_queries(write @ W_V, moved @ W_V)
+
+    def _cells(self, chosen: Bool[torch.Tensor, " source"]) -> _Cells:
+        """The chosen sources by position."""
+        source = chosen.nonzero()[:, 0]
+        source = source[self.sources.position[source].argsort(stable=True)]
+        position = self.sources.position[source]
+        counts = position.bincount(minlength=self.n_pos)
+        place = torch.arange(len(source), device=source.device) - (counts.cumsum(0) - counts)[position]
+        shape = self.n_pos, int(counts.max())
+        cells = _Cells(source.new_zeros(shape), self.sources.write.new_zeros(*shape, self.sources.write.shape[1]))
+        cells.source[position, place], cells.write[position, place] = source, self.sources.write[source]
+        return cells
+
+    def _embedded(self) -> tuple[Float[torch.Tensor, "n d_model"], Float[torch.Tensor, "n head d_model"]]:
+        """What embeddings write, and what each head of open attention in layer 0 would move of it."""
+        write = self.sources.write[self.embedding]
+        W_O = self.model.weights.W_O[0] if self.model.attn[0].dictionary.is_open else self.model.weights.W_O[0, :0]
+        return write, torch.einsum("nd,hed,hef->nhf", write, self.W_V[0, : len(W_O)], W_O)
+
+    def _at_queries(
+        self, write: Float[torch.Tensor, "n d"], moved: Float[torch.Tensor, "n head d"]
+    ) -> Float[torch.Tensor, "pos d n"]:
+        """What embeddings write at their own positions, and heads move of it to queries."""
+        position = self.sources.position[self.embedding]
+        at = torch.arange(self.n_pos, device=position.device)[:, None] == position
+        pattern = self.moving[0, : moved.shape[1], position]  # [head, embedding, query]
+        return (at[..., None] * write + torch.einsum("hnq,nhd->qnd", pattern, moved)).mT.contiguous()
 
     def down(
-        self, depth: Int[torch.Tensor, " row"], position: Int[torch.Tensor, " row"], read: Float[torch.Tensor, "row d"]
-    ) -> Float[torch.Tensor, "row source"]:
+        self,
+        target: Int[torch.Tensor, " row"],
+        depth: Int[torch.Tensor, " row"],
+        position: Int[torch.Tensor, " row"],
+        read: Float[torch.Tensor, "row d"],
+    ) -> Iterator[EdgeRows]:
         """Rows from the top of the model down, through all layers below them."""
-        model, n_pos, d_model = self.model, int(position.max()) + 1, read.shape[1]
-        g = read.new_zeros(len(read), n_pos, d_model)
-        weight = read.new_zeros(len(read), len(self.sources.node))
+        model, n_pos = self.model, int(position.max()) + 1
+        g = read.new_zeros(len(read), n_pos, read.shape[1])
         begun = [int((depth >= d).sum()) for d in range(2 * model.n_layers + 1)]  # at depth d or above
         start, spread = begun[-1], 0  # the first `spread` rows may be anywhere, the others at their positions only
         arange = partial(torch.arange, device=position.device)
         g[arange(start), position[:start]] = read[:start]
+        low = g[:0]
         for layer in reversed(range(model.n_layers)):
             mlp, attn = depth_of(layer, "mlp"), depth_of(layer, "attn")
             before, reading, after = begun[mlp + 1], begun[mlp], begun[attn]
-            self._meet(mlp, g[:before], weight)
-            if (W_skip := model.mlp[layer].dictionary.W_skip) is not None:
+            met = _met(target[:before], g[:before], self.mlp[layer])
+            if layer == 0 and self.has_low:
+                met.weight[:, : len(low)] += _dot(low, self.low)
+            yield met
+            if (W_skip := self.skips[layer]) is not None:
                 g[:before] += centre(g[:before] @ W_skip.T) / model.trace.sigma_mid[layer, :n_pos, None]
+                yield _met(target[:before], g[:before], self.attn[layer])
             new = arange(before, reading)
-            g[new, position[new], :d_model] = read[new]
-            self._meet(attn, g[:reading], weight)
-            is_open = model.attn[layer].dictionary.is_open
-            if is_open and layer == 0:
-                for t, moved in enumerate(self.moved[:n_pos]):
-                    weight[:, : len(moved)].addmm_(g[:, t], moved.T)
-            elif is_open:
+            g[new, position[new]] = read[new]
+            yield _met_once(target[new], read[new], position[new], self.attn[layer])
+            if layer > 0 and model.attn[layer].dictionary.is_open:
                 moved = self._moved(layer, g[:spread])
-                rows = arange(spread, reading)
-                g[rows] += self._first_pass(layer, g[rows, position[rows]] @ model.W_O(layer).T, position[rows], n_pos)
+                at = position[spread:reading]
+                z = g[arange(spread, reading), at] @ model.W_O(layer).T
+                self._first_pass(layer, g[spread:reading], z, at)
                 if layer == 1 and self.has_low:
-                    g = torch.cat([g, functional.pad(moved, (0, 0, 0, 0, 0, len(g) - spread))], 2)
+                    low = moved
                 else:
                     g[:spread].flatten(0, 1).addmm_(moved.flatten(0, 1), self.W_V[layer].flatten(0, 1))
                 spread = reading
             elif after > reading:
-                rows = arange(reading, after)
-                g[rows, :, :d_model] = self._first_pass(layer, read[rows], position[rows], n_pos)
+                self._first_pass(layer, g[reading:after], read[reading:after], position[reading:after])
                 spread = after
-        self._meet(-1, g, weight)
-        return weight
-
-    def _meet(self, depth: int, g: Float[torch.Tensor, "row pos d"], weight: torch.Tensor) -> None:
-        """Dot rows with the writes of the sources at a depth."""
-        write = self.low if depth < depth_of(1, "attn") else self.sources.write
-        for position, start, end in self.cells.get(depth, []) if len(g) else []:
-            if position < g.shape[1]:
-                weight[: len(g), start:end].addmm_(g[:, position], write[start:end].T)
+        weight = g.flatten(1) @ self.embedded[:n_pos].flatten(0, 1)
+        if self.has_low:
+            weight[: len(low)] += low.flatten(1) @ self.low_embedded[:n_pos].flatten(0, 1)
+        yield EdgeRows(target, self.embedding[None], weight[None])
 
     def _moved(self, layer: int, g: Float[torch.Tensor, "row pos d_model"]) -> Float[torch.Tensor, "row pos z"]:
         """What open attention hands from queries to keys, before W_V."""
@@ -178,28 +216,39 @@ class _Carry:
         return moved.unflatten(2, (len(g), z.shape[2] // n_heads)).permute(2, 1, 0, 3).flatten(2)
 
     def _first_pass(
-        self, layer: int, z: Float[torch.Tensor, "row z"], position: Int[torch.Tensor, " row"], n_pos: int
-    ) -> Float[torch.Tensor, "row pos d_model"]:
-        """What attention hands to the keys of rows that read z at one query only, their own."""
+        self,
+        layer: int,
+        g: Float[torch.Tensor, "row pos d_model"],
+        z: Float[torch.Tensor, "row z"],
+        position: Int[torch.Tensor, " row"],
+    ) -> None:
+        """Add what attention hands to the keys of rows that read z at one query only, their own."""
         per_head = torch.einsum("rhe,hed->rhd", z.unflatten(1, (self.moving.shape[1], -1)), self.W_V[layer])
-        return self.moving[layer][:, :n_pos, position].permute(2, 1, 0) @ per_head
+        g.baddbmm_(self.moving[layer, :, : g.shape[1], position].permute(2, 1, 0).contiguous(), per_head)
 
-    def _low(self, write: Float[torch.Tensor, "n d_model"]) -> Float[torch.Tensor, "n d"]:
-        """What stands below the attention of layer 1, and beside it the same through W_V."""
-        return torch.cat([write, write @ self.W_V[1].flatten(0, 1).T], 1) if self.has_low else write
 
-    def _moved_embeddings(self) -> list[Float[torch.Tensor, "source d"]]:
-        """For each query, what the first layer's attention moves there of the sources below it."""
-        n = int((self.sources.depth < 0).sum())
-        position = self.sources.position[:n]
-        value = torch.einsum("nd,hed->nhe", self.sources.write[:n], self.W_V[0])
-        return [
-            self._low(
-                (value[: int((position <= t).sum())] * moving[:, position[position <= t]].T[:, :, None]).flatten(1)
-                @ self.model.W_O(0)
-            )
-            for t, moving in enumerate(self.moving[0].unbind(2))
-        ]
+def _met(target: Int[torch.Tensor, " row"], g: Float[torch.Tensor, "row pos d_model"], cells: _Cells) -> EdgeRows:
+    """Rows that may be at every position, dotted with what is written there."""
+    return EdgeRows(target, cells.source[: g.shape[1]], _dot(g, cells.write))
+
+
+def _dot(
+    g: Float[torch.Tensor, "row pos d"], write: Float[torch.Tensor, "all_pos n d"]
+) -> Float[torch.Tensor, "pos row n"]:
+    """g . w of every row, at every position and with all that is written there."""
+    return g.transpose(0, 1) @ write[: g.shape[1]].mT
+
+
+def _met_once(
+    target: Int[torch.Tensor, " row"],
+    read: Float[torch.Tensor, "row d_model"],
+    position: Int[torch.Tensor, " row"],
+    cells: _Cells,
+) -> EdgeRows:
+    """The same of rows that are at one position each."""
+    here = position[:, None] == torch.arange(len(cells.source), device=position.device)
+    weight = (read @ cells.write.flatten(0, 1).T).unflatten(1, cells.source.shape) * here[:, :, None]
+    return EdgeRows(target, cells.source.flatten()[None], weight.flatten(1)[None])
 
 
 def _per_head(at: AttentionTargets) -> Targets:
