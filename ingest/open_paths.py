@@ -16,18 +16,21 @@ at a layer are the first few. P and sigma_pre are folded into W_V and A. What co
 at every position, and a row is spared them where they can be done on less:
 
     first open attention under it    the row is at one query: one product with W_O, and with W_V one a head
+    the next one                     the row is that and a vector a head, in other shares at every position (`_Few`)
     attention of layer 1             W_V is applied to the sources below it, once for all rows
     attention of layer 0             it moves embeddings only, once for all rows
 
 The sources of a layer are dotted with all rows in one product, a batch of positions with as many sources at each.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
+from torch.nn import functional
 
 from atlas.records import DirectEdges, OVEdges
 from ingest import edges
@@ -91,11 +94,12 @@ def edge_rows(sources: Sources, targets: Targets, model: ReplacementModel) -> It
 
     `targets` at an even depth are attention features, which read z.
     """
-    carry = _Carry(sources, model)
+    n_pos = len(model.trace.tokens)
+    size = BLOCK if targets.node.device.type == "cpu" else -(-GPU_CELLS // n_pos)
+    carry = _Carry(sources, model, min(size, len(targets.node)))
     order = (-targets.depth).argsort(stable=True)
     order = order[targets.position[order].argsort(stable=True)]
-    n_pos = len(model.trace.tokens)
-    for block in order.split(BLOCK if order.device.type == "cpu" else -(-GPU_CELLS // n_pos)):
+    for block in order.split(size):
         rows = block[targets.depth[block].argsort(descending=True, stable=True)]
         yield from carry.down(rows, targets.depth[rows], targets.position[rows], targets.read[rows])
 
@@ -107,13 +111,21 @@ class _Cells(NamedTuple):
     write: Float[torch.Tensor, "pos n d"]
 
 
+class _Few(NamedTuple):
+    """Rows that are the same few vectors at every position, each with another share there."""
+
+    share: Float[torch.Tensor, "row pos n"]
+    vector: Float[torch.Tensor, "row n d_model"]
+
+
 class _Carry:
     """What is frozen, folded, and the sources by layer and position."""
 
-    def __init__(self, sources: Sources, model: ReplacementModel) -> None:
+    def __init__(self, sources: Sources, model: ReplacementModel, block: int) -> None:
         self.model, self.sources = model, sources
         trace, weights = model.trace, model.weights
         self.n_pos = len(trace.tokens)
+        self.rooms = sources.write.new_empty(3, block * self.n_pos * sources.write.shape[1])
         self.moving = (trace.pattern / trace.sigma_pre[:, None, None]).mT.contiguous()  # [layer, head, key, query]
         self.W_V = centre(weights.W_V.mT.contiguous())  # [layer, head, d_head, d_model]
         depth, layers = sources.depth, range(model.n_layers)
@@ -153,12 +165,12 @@ class _Carry:
 
     def _at_queries(
         self, write: Float[torch.Tensor, "n d"], moved: Float[torch.Tensor, "n head d"]
-    ) -> Float[torch.Tensor, "pos d n"]:
+    ) -> Float[torch.Tensor, "pos n d"]:
         """What embeddings write at their own positions, and heads move of it to queries."""
         position = self.sources.position[self.embedding]
         at = torch.arange(self.n_pos, device=position.device)[:, None] == position
         pattern = self.moving[0, : moved.shape[1], position]  # [head, embedding, query]
-        return (at[..., None] * write + torch.einsum("hnq,nhd->qnd", pattern, moved)).mT.contiguous()
+        return at[..., None] * write + torch.einsum("hnq,nhd->qnd", pattern, moved)
 
     def down(
         self,
@@ -169,12 +181,12 @@ class _Carry:
     ) -> Iterator[EdgeRows]:
         """Rows from the top of the model down, through all layers below them."""
         model, n_pos = self.model, int(position.max()) + 1
-        g = read.new_zeros(len(read), n_pos, read.shape[1])
+        g = self._room(2, len(read), n_pos, read.shape[1]).zero_()
         begun = [int((depth >= d).sum()) for d in range(2 * model.n_layers + 1)]  # at depth d or above
         start, spread = begun[-1], 0  # the first `spread` rows may be anywhere, the others at their positions only
         arange = partial(torch.arange, device=position.device)
         g[arange(start), position[:start]] = read[:start]
-        low = g[:0]
+        low, few = g[:0], None
         for layer in reversed(range(model.n_layers)):
             mlp, attn = depth_of(layer, "mlp"), depth_of(layer, "attn")
             before, reading, after = begun[mlp + 1], begun[mlp], begun[attn]
@@ -184,47 +196,67 @@ class _Carry:
             yield met
             if (W_skip := self.skips[layer]) is not None:
                 g[:before] += centre(g[:before] @ W_skip.T) / model.trace.sigma_mid[layer, :n_pos, None]
+                few = None
                 yield _met(target[:before], g[:before], self.attn[layer])
             new = arange(before, reading)
             g[new, position[new]] = read[new]
             yield _met_once(target[new], read[new], position[new], self.attn[layer])
             if layer > 0 and model.attn[layer].dictionary.is_open:
-                moved = self._moved(layer, g[:spread])
-                at = position[spread:reading]
-                z = g[arange(spread, reading), at] @ model.W_O(layer).T
-                self._first_pass(layer, g[spread:reading], z, at)
+                moved = self._moved(layer, g[:spread], few)
+                few = self._first_pass(layer, g[spread:reading], position[spread:reading])
                 if layer == 1 and self.has_low:
                     low = moved
                 else:
                     g[:spread].flatten(0, 1).addmm_(moved.flatten(0, 1), self.W_V[layer].flatten(0, 1))
                 spread = reading
             elif after > reading:
-                self._first_pass(layer, g[reading:after], read[reading:after], position[reading:after])
-                spread = after
-        weight = g.flatten(1) @ self.embedded[:n_pos].flatten(0, 1)
+                heads = self._heads(layer, read[reading:after], position[reading:after], n_pos)
+                torch.bmm(heads.share, heads.vector, out=g[reading:after])
+                few, spread = None, after
+        weight = _dot(g, self.embedded).sum(0)
         if self.has_low:
-            weight[: len(low)] += low.flatten(1) @ self.low_embedded[:n_pos].flatten(0, 1)
+            weight[: len(low)] += _dot(low, self.low_embedded).sum(0)
         yield EdgeRows(target, self.embedding[None], weight[None])
 
-    def _moved(self, layer: int, g: Float[torch.Tensor, "row pos d_model"]) -> Float[torch.Tensor, "row pos z"]:
-        """What open attention hands from queries to keys, before W_V."""
-        n_pos, n_heads = g.shape[1], self.moving.shape[1]
-        z = g @ self.model.W_O(layer).T
+    def _moved(
+        self, layer: int, g: Float[torch.Tensor, "row pos d_model"], few: _Few | None
+    ) -> Float[torch.Tensor, "row pos z"]:
+        """What open attention hands from queries to keys, before W_V; the last rows are `few`."""
+        n_pos, n_heads, W_O = g.shape[1], self.moving.shape[1], self.model.W_O(layer).T
+        many = len(g) - (len(few.share) if few else 0)
+        z = self._room(0, len(g), n_pos, len(W_O.T))
+        torch.mm(g[:many].flatten(0, 1), W_O, out=z[:many].flatten(0, 1))
+        if few:
+            torch.bmm(few.share, few.vector @ W_O, out=z[many:])
         # All rows of a head at once: its pattern is small, and costs more than its share row by row.
-        heads = z.unflatten(2, (n_heads, -1)).permute(2, 1, 0, 3).flatten(2)
-        moved = self.moving[layer, :, :n_pos, :n_pos] @ heads
-        return moved.unflatten(2, (len(g), z.shape[2] // n_heads)).permute(2, 1, 0, 3).flatten(2)
+        heads = self._room(1, n_heads, n_pos, len(g), z.shape[2] // n_heads)
+        heads.copy_(z.unflatten(2, (n_heads, -1)).permute(2, 1, 0, 3))
+        moved = self._room(0, *heads.shape)
+        torch.bmm(self.moving[layer, :, :n_pos, :n_pos], heads.flatten(2), out=moved.flatten(2))
+        by_row = self._room(1, len(g), n_pos, n_heads, heads.shape[3])
+        return by_row.copy_(moved.permute(2, 1, 0, 3)).flatten(2)
+
+    def _room(self, which: int, *shape: int) -> torch.Tensor:
+        """Memory that is used again, for g, and in turn for what becomes of it: new memory costs more than a pass."""
+        return self.rooms[which, : math.prod(shape)].view(shape)
 
     def _first_pass(
-        self,
-        layer: int,
-        g: Float[torch.Tensor, "row pos d_model"],
-        z: Float[torch.Tensor, "row z"],
-        position: Int[torch.Tensor, " row"],
-    ) -> None:
-        """Add what attention hands to the keys of rows that read z at one query only, their own."""
-        per_head = torch.einsum("rhe,hed->rhd", z.unflatten(1, (self.moving.shape[1], -1)), self.W_V[layer])
-        g.baddbmm_(self.moving[layer, :, : g.shape[1], position].permute(2, 1, 0).contiguous(), per_head)
+        self, layer: int, g: Float[torch.Tensor, "row pos d_model"], position: Int[torch.Tensor, " row"]
+    ) -> _Few:
+        """Hand rows, which are at one query each, to all their keys too."""
+        here = functional.one_hot(position, g.shape[1]).to(g.dtype)[..., None]
+        own = here.mT @ g
+        heads = self._heads(layer, own[:, 0] @ self.model.W_O(layer).T, position, g.shape[1])
+        few = _Few(torch.cat([heads.share, here], 2), torch.cat([heads.vector, own], 1))
+        torch.bmm(few.share, few.vector, out=g)
+        return few
+
+    def _heads(
+        self, layer: int, z: Float[torch.Tensor, "row z"], position: Int[torch.Tensor, " row"], n_pos: int
+    ) -> _Few:
+        """What each head hands to keys of rows that read z at one query."""
+        vector = torch.einsum("rhe,hed->rhd", z.unflatten(1, (self.moving.shape[1], -1)), self.W_V[layer])
+        return _Few(self.moving[layer, :, :n_pos, position].permute(2, 1, 0).contiguous(), vector)
 
 
 def _met(target: Int[torch.Tensor, " row"], g: Float[torch.Tensor, "row pos d_model"], cells: _Cells) -> EdgeRows:
