@@ -8,8 +8,9 @@ float32, both on 2 threads, or both on the GPU and without TF32. circuit-tracer 
 the features of most influence), and a row holds the edges into one target from all active features, errors and
 embeddings. Its seconds are those of its computation of rows alone, without its forward pass, encoding and ranking.
 Ours are of the same rows, with more sources: biases, position embeddings, and the MLPs on the first token, which
-it leaves out. Compared are all edges of its graph, node for node. How fast our matrix products run is told beside one
-large product, timed in turn: where the two are alike, only fewer operations a row could give more rows a second.
+it leaves out; they are handed over a block at a time and let go, as ingestion takes them. Compared are all edges of
+its graph, node for node. How fast our matrix products run is told beside one large product, timed in turn: where the
+two are alike, only fewer operations a row could give more rows a second.
 
 circuit-tracer is installed into an environment of its own under .cache, which shares torch with this one.
 Prints one JSON object.
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import time
 import venv
+from collections import deque
 from functools import partial
 from pathlib import Path
 
@@ -45,6 +47,7 @@ THREADS, BATCH, N_ROWS, N_LOGITS, REPEATS = 2, 256, 2048, 10, 3
 SIDE = 4096  # of the two matrices of one large product
 
 
+@torch.inference_mode()
 def main(n_tokens: str, device: str = "cpu") -> None:
     """Measure and print."""
     torch.set_num_threads(THREADS)
@@ -63,13 +66,13 @@ def main(n_tokens: str, device: str = "cpu") -> None:
     nodes = every_node(setup, replacement)
     sources, targets = sources_of(nodes), targets_of(graph, replacement)
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _of_addmm}) as counter:
-        rows = all_rows(sources, targets, replacement)
+        rows = list(edge_rows(sources, targets, replacement))
     edges = table(rows, len(targets.node), len(sources.node))
     compared, worst = difference(graph, edges, nodes)
     took: list[tuple[float, float, float]] = []
     for _ in range(REPEATS):
         started, cpu = wall(device), time.process_time()
-        all_rows(sources, targets, replacement)
+        deque(edge_rows(sources, targets, replacement), maxlen=0)
         took.append((wall(device) - started, time.process_time() - cpu, large_product(device)))
     seconds, cpu, product = (statistics.median(column) for column in zip(*took, strict=True))
     speed, full_speed = (n / s / 1e9 for n, s in ((counter.get_total_flops(), seconds), (2 * SIDE**3, product)))
@@ -195,13 +198,8 @@ def targets_of(graph: dict[str, torch.Tensor], replacement: ReplacementModel) ->
     )
 
 
-def all_rows(sources: Sources, targets: Targets, replacement: ReplacementModel) -> list[EdgeRows]:
-    """Every edge into every target."""
-    return list(edge_rows(sources, targets, replacement))
-
-
 def table(rows: list[EdgeRows], n_targets: int, n_sources: int) -> Float[torch.Tensor, "target source"]:
-    """The same as one matrix."""
+    """Every edge into every target."""
     edges = rows[0].weight.new_zeros(n_targets, n_sources)
     for target, source, weight in rows:
         at = target[None, :, None], source[:, None]
