@@ -6,19 +6,16 @@ and is replaced, with the earlier requests and the new ones, only where somethin
 is the last that it was given with. One thread writes while the next prompt is computed.
 """
 
-import contextlib
 import hashlib
 import json
 import math
 import queue
-import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from types import FrameType
 
 import atlas
 from atlas.errors import AtlasError
@@ -122,13 +119,11 @@ def run(
     writer = _Writer(store, run_id)
     try:
         try:
-            with ctrl_c() as check:
-                for task in tasks:
-                    check()
-                    if time.monotonic() >= until:
-                        break
-                    _ingest(writer, setup, task, stored.get(task.id), requests, complain, summary, by)
-                    progress(summary)
+            for task in tasks:
+                if time.monotonic() >= until:
+                    break
+                _ingest(writer, setup, task, stored.get(task.id), requests, complain, summary, by)
+                progress(summary)
         finally:
             writer.finish()
         status = "finished"
@@ -138,31 +133,6 @@ def run(
     finally:
         finish_run(store, run_id, status)
     return summary
-
-
-@contextlib.contextmanager
-def ctrl_c() -> Iterator[Callable[[], None]]:
-    """Yields what raises KeyboardInterrupt once Ctrl-C came, also where Python dropped it, as in a destructor."""
-    before, came = signal.getsignal(signal.SIGINT), False
-
-    def handler(number: int, frame: FrameType | None) -> None:
-        nonlocal came
-        came = True
-        if callable(before):
-            before(number, frame)
-
-    def check() -> None:
-        if came:
-            raise KeyboardInterrupt
-
-    heard = callable(before) and threading.current_thread() is threading.main_thread()
-    if heard:
-        signal.signal(signal.SIGINT, handler)
-    try:
-        yield check
-    finally:
-        if heard:
-            signal.signal(signal.SIGINT, before)
 
 
 def _ingest(

@@ -549,7 +549,7 @@ def used(t: Tables, wires: pd.DataFrame, show="weak", feature=None, via=None) ->
     found = _wires_and_feeds(t, wires, "right", feature)
     computed = set(zip(wires["target"], wires["via"].replace("MLP", "DIRECT"), strict=True))
     known = [key in computed for key in zip(found["target"], found["via"], strict=True)]
-    found = found[known]
+    found = found.loc[known]
     found = found if via is None else found[found["via"] == via]
     return found if show == "all" else found[found["weight"].isna()]
 
