@@ -269,12 +269,14 @@ def test_wired(filled: Filled) -> None:
 def test_used(filled: Filled) -> None:
     store, t = filled.store, filled.tables
     wires = write_some_wires(store, t)
+    target = wires["target"].iloc[0]
+    some = ({}, {"show": "all"}, {"show": "all", "via": "DIRECT"}, {"show": "all", "feature": target})
     # Features on either side of a wire, and those that feed others past all wires.
     ends = sorted({*wires["target"], *wires["source"], *expected.feeds(t)["source_feature"]})
     of_features = [{"show": show, "feature": feature} for feature in ends[::8] for show in ("all", "weak")]
-    for given in ({}, {"show": "all"}, {"show": "all", "via": "DIRECT"}, *of_features):
+    for given in (*some, *of_features):
         answer, rows = queries.used(store, **given, among=ALL, limit=ALL), expected.used(t, wires, **given)
-        if len(rows) or "feature" not in given:
+        if len(rows) or given in some:
             assert_answer(answer, "used", rows, ["source", "target", "via", "head"])
         assert len(answer) == len(rows)
         assert_falls(answer["n_prompts"])
