@@ -7,9 +7,9 @@ set so that about 50 fire on a token; attention is frozen and passed through; a 
 float32, both on 2 threads, or both on the GPU and without TF32. circuit-tracer picks 2,048 targets (10 logits and
 the features of most influence), and a row holds the edges into one target from all active features, errors and
 embeddings. Its seconds are those of its computation of rows alone, without its forward pass, encoding and ranking.
-Ours are of the same rows, with more sources: biases, position embeddings, and the MLPs on the first token, which
-it leaves out; they are handed over a block at a time and let go, as ingestion takes them. Compared are all edges of
-its graph, node for node. How fast our matrix products run is told beside one large product, timed in turn: where the
+Ours are of the same rows and from the same sources (without biases, position embeddings, and the MLPs on the first
+token); they are handed over a block at a time and let go, as ingestion takes them. Compared are all edges of its
+graph, node for node. How fast our matrix products run is told beside one large product, timed in turn: where the
 two are alike, only fewer operations a row could give more rows a second.
 
 circuit-tracer is installed into an environment of its own under .cache, which shares torch with this one.
@@ -25,6 +25,7 @@ import time
 import venv
 from collections import deque
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -63,16 +64,18 @@ def main(n_tokens: str, device: str = "cpu") -> None:
         done = subprocess.run([str(python), str(side), name], check=True, stdout=subprocess.PIPE, text=True)
         graph = load_file(Path(name) / "graph.safetensors", device)
     theirs = json.loads(done.stdout.strip().splitlines()[-1])
-    nodes = every_node(setup, replacement)
+    nodes = nodes_of(setup, replacement)
     sources, targets = sources_of(nodes), targets_of(graph, replacement)
+    torch.set_num_threads(1)  # operations are counted in this thread alone
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _of_addmm}) as counter:
-        rows = list(edge_rows(sources, targets, replacement))
+        rows = [*chain(*edge_rows(sources, targets, replacement, list))]
+    torch.set_num_threads(THREADS)
     edges = table(rows, len(targets.node), len(sources.node))
     compared, worst = difference(graph, edges, nodes)
     took: list[tuple[float, float, float]] = []
     for _ in range(REPEATS):
         started, cpu = wall(device), time.process_time()
-        deque(edge_rows(sources, targets, replacement), maxlen=0)
+        edge_rows(sources, targets, replacement, partial(deque, maxlen=0))
         took.append((wall(device) - started, time.process_time() - cpu, large_product(device)))
     seconds, cpu, product = (statistics.median(column) for column in zip(*took, strict=True))
     speed, full_speed = (n / s / 1e9 for n, s in ((counter.get_total_flops(), seconds), (2 * SIDE**3, product)))
@@ -150,18 +153,15 @@ def write(folder: Path, setup: Setup, replacement: ReplacementModel) -> None:
     (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
 
 
-def every_node(setup: Setup, replacement: ReplacementModel) -> Nodes:
-    """Every node of the prompt that writes."""
-    arange = partial(torch.arange, device=setup.model.device)
-    every = arange(len(replacement.trace.tokens))
-    groups = [Group(Kind.EMBEDDING, -1, "", every, every), Group(Kind.POSITION, -1, "", every, every)]
+def nodes_of(setup: Setup, replacement: ReplacementModel) -> Nodes:
+    """The nodes that circuit-tracer's edges come from."""
+    every = torch.arange(len(replacement.trace.tokens), device=setup.model.device)
+    groups = [Group(Kind.EMBEDDING, -1, "", every, every)]
     for layer in range(replacement.n_layers):
-        site = replacement.mlp[layer]
+        place = replacement.mlp[layer].position.nonzero()[:, 0]
         groups += [
-            Group(Kind.BIAS, layer, "attn", every, every),
-            Group(Kind.MLP, layer, "mlp", site.position, arange(len(site.position))),
-            Group(Kind.ERROR, layer, "mlp", every, every),
-            Group(Kind.BIAS, layer, "mlp", every, every),
+            Group(Kind.MLP, layer, "mlp", replacement.mlp[layer].position[place], place),
+            Group(Kind.ERROR, layer, "mlp", every[1:], every[1:]),
         ]
     return Nodes("bench", setup.model, replacement, groups, [], [])
 
@@ -211,19 +211,21 @@ def difference(
     graph: dict[str, torch.Tensor], edges: Float[torch.Tensor, "target node"], nodes: Nodes
 ) -> tuple[int, float]:
     """How many edges are compared, and their largest difference as a share of the target's largest edge."""
-    features, n_pos = graph["features"].tolist(), len(nodes.replacement.trace.tokens)
+    features, replacement = graph["features"].tolist(), nodes.replacement
     number = {group.key: i for i, group in enumerate(nodes.circuit)}
     found: list[int] = []
     for layer, position, index in features:
-        place = nodes.replacement.mlp[layer].find(position, index)
+        i = number[Kind.MLP, layer, "mlp"]
+        place = replacement.mlp[layer].find(position, index)
         assert place is not None, "a feature fires in circuit-tracer and not here"
-        found.append(int(nodes.first[number[Kind.MLP, layer, "mlp"]]) + place)
-    errors = [nodes.numbers(number[Kind.ERROR, layer, "mlp"]) for layer in range(nodes.replacement.n_layers)]
+        found.append(int(nodes.first[i] + (nodes.circuit[i].place == place).nonzero()))
+    errors = [nodes.numbers(number[Kind.ERROR, layer, "mlp"]) for layer in range(replacement.n_layers)]
     ours = torch.cat([errors[0].new_tensor(found), *errors, nodes.numbers(0)])
-    both = torch.ones_like(ours, dtype=torch.bool)
-    both[len(features) : len(ours) - n_pos : n_pos] = False  # the MLPs on the first token, which it leaves out
-    theirs = torch.cat([graph["edges"][: len(features)], graph["edges"][-len(graph["logits"]) :]])[:, : len(ours)]
-    a, b = edges[:, ours[both]], theirs[:, both]
+    n_pos, rows = len(replacement.trace.tokens), [*range(len(features)), *range(-len(graph["logits"]), 0)]
+    widths = len(features), n_pos * len(errors), n_pos, len(graph["logits"])
+    of_features, of_errors, of_tokens, _ = graph["edges"][rows].split(widths, 1)
+    first = torch.arange(n_pos * len(errors), device=ours.device) % n_pos == 0  # it has errors there, at 0
+    a, b = edges[:, ours], torch.cat([of_features, of_errors[:, ~first], of_tokens], 1)
     off = (a - b).abs().max(1).values / b.abs().max(1).values
     return a.numel(), float(off.max())
 

@@ -21,12 +21,16 @@ at every position, and a row is spared them where they can be done on less:
     attention of layer 0             it moves embeddings only, once for all rows
 
 The sources of a layer are dotted with all rows in one product, a batch of positions with as many sources at each.
+
+Each thread takes blocks of its own, which stay in its processor's cache; to share every product of one block costs
+a quarter more time where processors share no cache.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -39,6 +43,7 @@ from ingest.replacement import ReplacementModel, centre
 
 BLOCK = 128  # rows that a processor carries at once
 GPU_CELLS = 2**17  # rows times positions that a GPU carries at once: of small products it waits for each
+T = TypeVar("T")
 
 
 class EdgeRows(NamedTuple):
@@ -61,11 +66,7 @@ def open_edges(
     every = Targets(*(torch.cat(c) for c in zip(*(vars(t).values() for t in (targets, *per_head)), strict=True)))
     head = torch.arange(len(every.node) - len(targets.node), device=every.node.device) % n_heads
     none = sources.node[:0]
-    found = [(none, none, none.double())]
-    for target, source, weight in edge_rows(sources, every, model):
-        strong = (weight.abs() >= edges.SHARE * every.value[target, None].abs()) & (weight != 0)
-        cell, row, place = strong.nonzero(as_tuple=True)
-        found.append((target[row], source[cell, place], weight[strong].double()))
+    found = [(none, none, none.double()), *edge_rows(sources, every, model, partial(_strong, every.value))]
     row, source, weight = (torch.cat(column) for column in zip(*found, strict=True))
     reading = row < len(targets.node)
     direct = DirectEdges(
@@ -89,19 +90,56 @@ def open_edges(
     return direct, ov
 
 
-def edge_rows(sources: Sources, targets: Targets, model: ReplacementModel) -> Iterator[EdgeRows]:
-    """Every edge into every target, once.
+def edge_rows(
+    sources: Sources, targets: Targets, model: ReplacementModel, take: Callable[[Iterator[EdgeRows]], T]
+) -> list[T]:
+    """What `take` makes of the edges into each block of targets; every edge comes once.
 
-    `targets` at an even depth are attention features, which read z.
+    `targets` at an even depth are attention features, which read z. `take` is called by several threads.
     """
-    n_pos = len(model.trace.tokens)
-    size = BLOCK if targets.node.device.type == "cpu" else -(-GPU_CELLS // n_pos)
-    carry = _Carry(sources, model, min(size, len(targets.node)))
+    n_pos, on_cpu = len(model.trace.tokens), targets.node.device.type == "cpu"
     order = (-targets.depth).argsort(stable=True)
     order = order[targets.position[order].argsort(stable=True)]
-    for block in order.split(size):
-        rows = block[targets.depth[block].argsort(descending=True, stable=True)]
-        yield from carry.down(rows, targets.depth[rows], targets.position[rows], targets.read[rows])
+    blocks = order.split(BLOCK if on_cpu else -(-GPU_CELLS // n_pos))[::-1]  # the longest first
+    frozen = _Frozen(sources, model)
+    taken: dict[int, T] = {}
+    todo = iter(enumerate(blocks))
+
+    @torch.no_grad()
+    def work() -> None:
+        carry = _Carry(frozen, max(map(len, blocks), default=0))
+        for i, block in todo:
+            rows = block[targets.depth[block].argsort(descending=True, stable=True)]
+            taken[i] = take(carry.down(rows, targets.depth[rows], targets.position[rows], targets.read[rows]))
+
+    _in_threads(work, min(len(blocks), torch.get_num_threads()) if on_cpu else 1)
+    return [taken[i] for i in range(len(blocks))]
+
+
+def _in_threads(work: Callable[[], None], n: int) -> None:
+    """Do `work` in `n` threads at once, each of which computes alone."""
+    if n < 2:
+        return work()
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for done in [pool.submit(work) for _ in range(n)]:
+                done.result()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _strong(
+    value: Float[torch.Tensor, " target"], rows: Iterable[EdgeRows]
+) -> tuple[Int[torch.Tensor, " edge"], Int[torch.Tensor, " edge"], Float[torch.Tensor, " edge"]]:
+    """Target, source and weight of the edges that are strong enough to store."""
+    found = [(value.new_zeros(0, dtype=torch.long),) * 2 + (value.new_zeros(0).double(),)]
+    for target, source, weight in rows:
+        strong = (weight.abs() >= edges.SHARE * value[target, None].abs()) & (weight != 0)
+        cell, row, place = strong.nonzero(as_tuple=True)
+        found.append((target[row], source[cell, place], weight[strong].double()))
+    row, source, weight = (torch.cat(column) for column in zip(*found, strict=True))
+    return row, source, weight
 
 
 class _Cells(NamedTuple):
@@ -118,14 +156,13 @@ class _Few(NamedTuple):
     vector: Float[torch.Tensor, "row n d_model"]
 
 
-class _Carry:
+class _Frozen:
     """What is frozen, folded, and the sources by layer and position."""
 
-    def __init__(self, sources: Sources, model: ReplacementModel, block: int) -> None:
+    def __init__(self, sources: Sources, model: ReplacementModel) -> None:
         self.model, self.sources = model, sources
         trace, weights = model.trace, model.weights
         self.n_pos = len(trace.tokens)
-        self.rooms = sources.write.new_empty(3, block * self.n_pos * sources.write.shape[1])
         self.moving = (trace.pattern / trace.sigma_pre[:, None, None]).mT.contiguous()  # [layer, head, key, query]
         self.W_V = centre(weights.W_V.mT.contiguous())  # [layer, head, d_head, d_model]
         depth, layers = sources.depth, range(model.n_layers)
@@ -152,10 +189,11 @@ class _Carry:
         position = self.sources.position[source]
         counts = position.bincount(minlength=self.n_pos)
         place = torch.arange(len(source), device=source.device) - (counts.cumsum(0) - counts)[position]
-        shape = self.n_pos, int(counts.max())
-        cells = _Cells(source.new_zeros(shape), self.sources.write.new_zeros(*shape, self.sources.write.shape[1]))
-        cells.source[position, place], cells.write[position, place] = source, self.sources.write[source]
-        return cells
+        number = source.new_zeros(self.n_pos, int(counts.max()))
+        number[position, place] = source
+        write = self.sources.write[number]
+        write[torch.arange(number.shape[1], device=source.device) >= counts[:, None]] = 0
+        return _Cells(number, write)
 
     def _embedded(self) -> tuple[Float[torch.Tensor, "n d_model"], Float[torch.Tensor, "n head d_model"]]:
         """What embeddings write, and what each head of open attention in layer 0 would move of it."""
@@ -172,6 +210,15 @@ class _Carry:
         pattern = self.moving[0, : moved.shape[1], position]  # [head, embedding, query]
         return at[..., None] * write + torch.einsum("hnq,nhd->qnd", pattern, moved)
 
+
+class _Carry:
+    """Carries rows down, one block after another in the same memory."""
+
+    def __init__(self, frozen: _Frozen, size: int) -> None:
+        self.frozen = frozen
+        write = frozen.sources.write
+        self.rooms = write.new_empty(3, size * frozen.n_pos * write.shape[1])
+
     def down(
         self,
         target: Int[torch.Tensor, " row"],
@@ -180,49 +227,49 @@ class _Carry:
         read: Float[torch.Tensor, "row d"],
     ) -> Iterator[EdgeRows]:
         """Rows from the top of the model down, through all layers below them."""
-        model, n_pos = self.model, int(position.max()) + 1
+        frozen, n_pos = self.frozen, int(position.max()) + 1
         g = self._room(2, len(read), n_pos, read.shape[1]).zero_()
-        begun = [int((depth >= d).sum()) for d in range(2 * model.n_layers + 1)]  # at depth d or above
+        begun = [int((depth >= d).sum()) for d in range(2 * frozen.model.n_layers + 1)]  # at depth d or above
         start, spread = begun[-1], 0  # the first `spread` rows may be anywhere, the others at their positions only
         arange = partial(torch.arange, device=position.device)
         g[arange(start), position[:start]] = read[:start]
         low, few = g[:0], None
-        for layer in reversed(range(model.n_layers)):
+        for layer in reversed(range(frozen.model.n_layers)):
             mlp, attn = depth_of(layer, "mlp"), depth_of(layer, "attn")
             before, reading, after = begun[mlp + 1], begun[mlp], begun[attn]
-            met = _met(target[:before], g[:before], self.mlp[layer])
-            if layer == 0 and self.has_low:
-                met.weight[:, : len(low)] += _dot(low, self.low)
+            met = _met(target[:before], g[:before], frozen.mlp[layer])
+            if layer == 0 and frozen.has_low:
+                met.weight[:, : len(low)] += _dot(low, frozen.low)
             yield met
-            if (W_skip := self.skips[layer]) is not None:
-                g[:before] += centre(g[:before] @ W_skip.T) / model.trace.sigma_mid[layer, :n_pos, None]
+            if (W_skip := frozen.skips[layer]) is not None:
+                g[:before] += centre(g[:before] @ W_skip.T) / frozen.model.trace.sigma_mid[layer, :n_pos, None]
                 few = None
-                yield _met(target[:before], g[:before], self.attn[layer])
+                yield _met(target[:before], g[:before], frozen.attn[layer])
             new = arange(before, reading)
             g[new, position[new]] = read[new]
-            yield _met_once(target[new], read[new], position[new], self.attn[layer])
-            if layer > 0 and model.attn[layer].dictionary.is_open:
+            yield _met_once(target[new], read[new], position[new], frozen.attn[layer])
+            if layer > 0 and frozen.model.attn[layer].dictionary.is_open:
                 moved = self._moved(layer, g[:spread], few)
                 few = self._first_pass(layer, g[spread:reading], position[spread:reading])
-                if layer == 1 and self.has_low:
+                if layer == 1 and frozen.has_low:
                     low = moved
                 else:
-                    g[:spread].flatten(0, 1).addmm_(moved.flatten(0, 1), self.W_V[layer].flatten(0, 1))
+                    g[:spread].flatten(0, 1).addmm_(moved.flatten(0, 1), frozen.W_V[layer].flatten(0, 1))
                 spread = reading
             elif after > reading:
                 heads = self._heads(layer, read[reading:after], position[reading:after], n_pos)
                 torch.bmm(heads.share, heads.vector, out=g[reading:after])
                 few, spread = None, after
-        weight = _dot(g, self.embedded).sum(0)
-        if self.has_low:
-            weight[: len(low)] += _dot(low, self.low_embedded).sum(0)
-        yield EdgeRows(target, self.embedding[None], weight[None])
+        weight = _dot(g, frozen.embedded).sum(0)
+        if frozen.has_low:
+            weight[: len(low)] += _dot(low, frozen.low_embedded).sum(0)
+        yield EdgeRows(target, frozen.embedding[None], weight[None])
 
     def _moved(
         self, layer: int, g: Float[torch.Tensor, "row pos d_model"], few: _Few | None
     ) -> Float[torch.Tensor, "row pos z"]:
         """What open attention hands from queries to keys, before W_V; the last rows are `few`."""
-        n_pos, n_heads, W_O = g.shape[1], self.moving.shape[1], self.model.W_O(layer).T
+        n_pos, n_heads, W_O = g.shape[1], self.frozen.moving.shape[1], self.frozen.model.W_O(layer).T
         many = len(g) - (len(few.share) if few else 0)
         z = self._room(0, len(g), n_pos, len(W_O.T))
         torch.mm(g[:many].flatten(0, 1), W_O, out=z[:many].flatten(0, 1))
@@ -232,7 +279,7 @@ class _Carry:
         heads = self._room(1, n_heads, n_pos, len(g), z.shape[2] // n_heads)
         heads.copy_(z.unflatten(2, (n_heads, -1)).permute(2, 1, 0, 3))
         moved = self._room(0, *heads.shape)
-        torch.bmm(self.moving[layer, :, :n_pos, :n_pos], heads.flatten(2), out=moved.flatten(2))
+        torch.bmm(self.frozen.moving[layer, :, :n_pos, :n_pos], heads.flatten(2), out=moved.flatten(2))
         by_row = self._room(1, len(g), n_pos, n_heads, heads.shape[3])
         return by_row.copy_(moved.permute(2, 1, 0, 3)).flatten(2)
 
@@ -242,21 +289,21 @@ class _Carry:
 
     def _first_pass(
         self, layer: int, g: Float[torch.Tensor, "row pos d_model"], position: Int[torch.Tensor, " row"]
-    ) -> _Few:
-        """Hand rows, which are at one query each, to all their keys too."""
+    ) -> _Few | None:
+        """Hand rows, which are at one query each, to all their keys too; None where `few` are as many as positions."""
         here = functional.one_hot(position, g.shape[1]).to(g.dtype)[..., None]
         own = here.mT @ g
-        heads = self._heads(layer, own[:, 0] @ self.model.W_O(layer).T, position, g.shape[1])
+        heads = self._heads(layer, own[:, 0] @ self.frozen.model.W_O(layer).T, position, g.shape[1])
         few = _Few(torch.cat([heads.share, here], 2), torch.cat([heads.vector, own], 1))
         torch.bmm(few.share, few.vector, out=g)
-        return few
+        return few if few.share.shape[2] < few.share.shape[1] else None
 
     def _heads(
         self, layer: int, z: Float[torch.Tensor, "row z"], position: Int[torch.Tensor, " row"], n_pos: int
     ) -> _Few:
         """What each head hands to keys of rows that read z at one query."""
-        vector = torch.einsum("rhe,hed->rhd", z.unflatten(1, (self.moving.shape[1], -1)), self.W_V[layer])
-        return _Few(self.moving[layer, :, :n_pos, position].permute(2, 1, 0).contiguous(), vector)
+        vector = torch.einsum("rhe,hed->rhd", z.unflatten(1, (self.frozen.moving.shape[1], -1)), self.frozen.W_V[layer])
+        return _Few(self.frozen.moving[layer, :, :n_pos, position].permute(2, 1, 0).contiguous(), vector)
 
 
 def _met(target: Int[torch.Tensor, " row"], g: Float[torch.Tensor, "row pos d_model"], cells: _Cells) -> EdgeRows:

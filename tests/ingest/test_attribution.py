@@ -5,12 +5,14 @@ float64; its attributions and edges are derivatives that autograd takes. It shar
 sweep: kept nodes pass gradient, pruned ones are detached.
 """
 
+import threading
 from collections import defaultdict
 from dataclasses import dataclass, field
 
 import pytest
 import torch
 
+from ingest import open_paths
 from ingest.attribution import RULES, attribute
 from ingest.circuits import CircuitRequest, prompt_record
 from ingest.prompts import Prompt
@@ -264,6 +266,17 @@ def incoming(record):
     return total
 
 
+def edges_of(record):
+    """Weights by source, target and head."""
+    edges = {}
+    for s, t, w in zip(record.direct.source, record.direct.target, record.direct.weight, strict=True):
+        edges[int(s), int(t), None] = w
+    for s, t, h, w in zip(record.ov.source, record.ov.target, record.ov.head, record.ov.weight, strict=True):
+        edges[int(s), int(t), int(h)] = w
+    assert len(edges) == len(record.direct.weight) + len(record.ov.weight), "none is doubled"
+    return edges
+
+
 def test_direct_edges_sum_to_the_pre_activation(setup, replacement, monkeypatch):
     """I1: all edges from all upstream nodes, plus the constant, are the pre-activation."""
     record = everything(setup, replacement, monkeypatch)
@@ -282,12 +295,7 @@ def test_direct_edges_sum_to_the_pre_activation(setup, replacement, monkeypatch)
 def test_every_edge_equals_autograd(setup, replacement, monkeypatch):
     """DIRECT edges and OV edges per head, against derivatives of the target with everything else detached."""
     record = everything(setup, replacement, monkeypatch)
-    edges = {}
-    for s, t, w in zip(record.direct.source, record.direct.target, record.direct.weight, strict=True):
-        edges[int(s), int(t), None] = w
-    for s, t, h, w in zip(record.ov.source, record.ov.target, record.ov.head, record.ov.weight, strict=True):
-        edges[int(s), int(t), int(h)] = w
-    assert len(edges) == len(record.direct.weight) + len(record.ov.weight)
+    edges = edges_of(record)
     targets = [n for n, node in enumerate(record.nodes) if node.pre_activation is not None][::7]
     compared = 0
     for t in targets:
@@ -323,6 +331,29 @@ def derivative(node, grads, replacement, setup):
     if (node.layer, node.site, "b_O") in grads:
         value = value + grads[node.layer, node.site, "b_O"][t] @ setup.model.weights.b_O[node.layer]
     return value
+
+
+@pytest.mark.parametrize("kinds", [kinds for kinds in OPEN_KINDS if len(kinds) == 4 or "skip" in kinds])
+def test_edges_are_those_of_one_block_in_many_blocks_of_several_threads(tmp_path, monkeypatch, kinds):
+    setup = set_up(str(write_random(tmp_path / "little", *kinds)), torch.float64)
+    replacement = setup.replace(setup.model.tokens(TEXT))
+    threads, found, per_block = torch.get_num_threads(), [], []
+    strong = open_paths._strong
+    monkeypatch.setattr(open_paths, "_strong", lambda *args: per_block.append(threading.get_ident()) or strong(*args))
+    try:
+        for block, n in ((10**6, 1), (7, 3)):
+            monkeypatch.setattr(open_paths, "BLOCK", block)
+            torch.set_num_threads(n)
+            found.append(everything(setup, replacement, monkeypatch))
+            assert torch.get_num_threads() == n, "it is left as it was"
+    finally:
+        torch.set_num_threads(threads)
+    assert len(per_block) > 20
+    assert threading.get_ident() in per_block
+    assert len(set(per_block)) > 1
+    one, many = (edges_of(record) for record in found)
+    assert one.keys() == many.keys()
+    assert many == pytest.approx(one, rel=1e-9, abs=1e-12)
 
 
 def test_ablating_a_node_moves_the_target_by_its_edge(setup, replacement, monkeypatch):

@@ -89,10 +89,13 @@ def test_bfloat16_is_close_to_and_float32_closer_to_double_precision(directory: 
 
 @pytest.fixture
 def nowhere() -> Iterator[None]:
-    """Every tensor that is not told where to be has no data."""
+    """Every tensor that is not told where to be has no data; in this thread, which computes alone."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     torch.set_default_device("meta")
     yield
     torch.set_default_device("cpu")
+    torch.set_num_threads(threads)
 
 
 def _whole(setup: Setup) -> PromptRecord:
