@@ -20,6 +20,7 @@ at every position, and a row is spared them where they can be done on less:
     attention of layer 1             W_V is applied to the sources below it, once for all rows
     attention of layer 0             it moves embeddings only, once for all rows
 
+The last two are for prompts of up to LOW tokens: embeddings at all queries are as many as the square of these.
 The sources of a layer are dotted with all rows in one product, a batch of positions with as many sources at each.
 
 Each thread takes blocks of its own, which stay in its processor's cache; to share every product of one block costs
@@ -41,8 +42,9 @@ from ingest import edges
 from ingest.edges import AttentionTargets, Sources, Targets, depth_of
 from ingest.replacement import ReplacementModel, centre
 
-BLOCK = 128  # rows that a processor carries at once
+BLOCK, CELLS = 128, 2**13  # rows, and rows times positions, that a processor carries at once
 GPU_CELLS = 2**17  # rows times positions that a GPU carries at once: of small products it waits for each
+LOW = 256  # tokens of a prompt up to which the lowest layers' attention is applied to sources
 T = TypeVar("T")
 
 
@@ -100,7 +102,8 @@ def edge_rows(
     n_pos, on_cpu = len(model.trace.tokens), targets.node.device.type == "cpu"
     order = (-targets.depth).argsort(stable=True)
     order = order[targets.position[order].argsort(stable=True)]
-    blocks = order.split(BLOCK if on_cpu else -(-GPU_CELLS // n_pos))[::-1]  # the longest first
+    size = min(BLOCK, -(-CELLS // n_pos)) if on_cpu else -(-GPU_CELLS // n_pos)
+    blocks = order.split(size)[::-1]  # the longest first
     frozen = _Frozen(sources, model)
     taken: dict[int, T] = {}
     todo = iter(enumerate(blocks))
@@ -173,14 +176,20 @@ class _Frozen:
             self._cells(depth == depth_of(layer, "mlp") if self.skips[layer] is not None else depth // 2 == layer)
             for layer in layers
         ]
-        self.embedding = (depth < 0).nonzero()[:, 0]
-        write, moved = self._embedded()
-        self.embedded = self._at_queries(write, moved)
-        self.has_low = model.n_layers > 1 and model.attn[1].dictionary.is_open and self.skips[0] is None
-        if self.has_low:
+        self.lowest = 0  # the layer whose attention is the last that rows go through
+        self.has_low = False
+        if not model.attn[0].dictionary.is_open or self.n_pos > LOW:
+            self.embedded = self._cells(depth < 0)
+            return
+        self.lowest, self.embedding = 1, (depth < 0).nonzero()[:, 0]
+        write = sources.write[self.embedding]
+        moved = torch.einsum("nd,hed,hef->nhf", write, self.W_V[0], weights.W_O[0])
+        self.at_queries = self._at_queries(write, moved)
+        if model.n_layers > 1 and model.attn[1].dictionary.is_open and self.skips[0] is None:
+            self.has_low = True
             W_V = self.W_V[1].flatten(0, 1).T
             self.low = self.mlp[0].write @ W_V
-            self.low_embedded = self._at_queries(write @ W_V, moved @ W_V)
+            self.low_at_queries = self._at_queries(write @ W_V, moved @ W_V)
 
     def _cells(self, chosen: Bool[torch.Tensor, " source"]) -> _Cells:
         """The chosen sources by position."""
@@ -195,19 +204,13 @@ class _Frozen:
         write[torch.arange(number.shape[1], device=source.device) >= counts[:, None]] = 0
         return _Cells(number, write)
 
-    def _embedded(self) -> tuple[Float[torch.Tensor, "n d_model"], Float[torch.Tensor, "n head d_model"]]:
-        """What embeddings write, and what each head of open attention in layer 0 would move of it."""
-        write = self.sources.write[self.embedding]
-        W_O = self.model.weights.W_O[0] if self.model.attn[0].dictionary.is_open else self.model.weights.W_O[0, :0]
-        return write, torch.einsum("nd,hed,hef->nhf", write, self.W_V[0, : len(W_O)], W_O)
-
     def _at_queries(
         self, write: Float[torch.Tensor, "n d"], moved: Float[torch.Tensor, "n head d"]
     ) -> Float[torch.Tensor, "pos n d"]:
         """What embeddings write at their own positions, and heads move of it to queries."""
         position = self.sources.position[self.embedding]
         at = torch.arange(self.n_pos, device=position.device)[:, None] == position
-        pattern = self.moving[0, : moved.shape[1], position]  # [head, embedding, query]
+        pattern = self.moving[0, :, position]  # [head, embedding, query]
         return at[..., None] * write + torch.einsum("hnq,nhd->qnd", pattern, moved)
 
 
@@ -248,7 +251,7 @@ class _Carry:
             new = arange(before, reading)
             g[new, position[new]] = read[new]
             yield _met_once(target[new], read[new], position[new], frozen.attn[layer])
-            if layer > 0 and frozen.model.attn[layer].dictionary.is_open:
+            if layer >= frozen.lowest and frozen.model.attn[layer].dictionary.is_open:
                 moved = self._moved(layer, g[:spread], few)
                 few = self._first_pass(layer, g[spread:reading], position[spread:reading])
                 if layer == 1 and frozen.has_low:
@@ -260,9 +263,12 @@ class _Carry:
                 heads = self._heads(layer, read[reading:after], position[reading:after], n_pos)
                 torch.bmm(heads.share, heads.vector, out=g[reading:after])
                 few, spread = None, after
-        weight = _dot(g, frozen.embedded).sum(0)
+        if frozen.lowest == 0:
+            yield _met(target, g, frozen.embedded)
+            return
+        weight = _dot(g, frozen.at_queries).sum(0)
         if frozen.has_low:
-            weight[: len(low)] += _dot(low, frozen.low_embedded).sum(0)
+            weight[: len(low)] += _dot(low, frozen.low_at_queries).sum(0)
         yield EdgeRows(target, frozen.embedding[None], weight[None])
 
     def _moved(

@@ -334,15 +334,16 @@ def derivative(node, grads, replacement, setup):
 
 
 @pytest.mark.parametrize("kinds", [kinds for kinds in OPEN_KINDS if len(kinds) == 4 or "skip" in kinds])
-def test_edges_are_those_of_one_block_in_many_blocks_of_several_threads(tmp_path, monkeypatch, kinds):
+def test_a_long_prompt_in_blocks_of_several_threads_gives_the_same_edges(tmp_path, monkeypatch, kinds):
     setup = set_up(str(write_random(tmp_path / "little", *kinds)), torch.float64)
     replacement = setup.replace(setup.model.tokens(TEXT))
     threads, found, per_block = torch.get_num_threads(), [], []
     strong = open_paths._strong
     monkeypatch.setattr(open_paths, "_strong", lambda *args: per_block.append(threading.get_ident()) or strong(*args))
     try:
-        for block, n in ((10**6, 1), (7, 3)):
+        for block, n, low in ((10**6, 1, 10**6), (7, 3, 0)):
             monkeypatch.setattr(open_paths, "BLOCK", block)
+            monkeypatch.setattr(open_paths, "LOW", low)
             torch.set_num_threads(n)
             found.append(everything(setup, replacement, monkeypatch))
             assert torch.get_num_threads() == n, "it is left as it was"
