@@ -32,6 +32,7 @@ from ingest.replacement import ReplacementModel, Site, centre, nonzero, repeated
 warnings.filterwarnings("ignore", "Sparse (CSR tensor support|invariant checks)")
 
 READS = 64  # rows that look back at once
+DENSE = 4  # how much faster an operation is where rows are summed at their keys first
 
 Keep = Callable[[Float[torch.Tensor, "root n"], Float[torch.Tensor, " root"]], Bool[torch.Tensor, "root n"]]
 Threshold = float | Float[torch.Tensor, " root"]  # of all roots, or of each
@@ -264,9 +265,18 @@ def look_back(
     read: Float[torch.Tensor, "row d_in"],
     g: Float[torch.Tensor, "root pos d_model"],
 ) -> None:
-    """Carry reads of the attention site at query positions to g of resid_pre at key positions, patterns frozen."""
+    """Carry reads of the attention site at query positions to g of resid_pre at key positions, patterns frozen.
+
+    Few reads go through W_V one by one and then to all keys; many are summed at each key and then go through it.
+    """
     trace, W_V = model.trace, model.weights.W_V[layer]
     z = model.to_z(layer, read, rows.position).unflatten(1, (W_V.shape[0], W_V.shape[2]))
+    n_roots, n_pos, d_model = g.shape
+    if DENSE * len(z) * len(W_V) > n_roots * (n_pos + d_model):
+        every = z.new_zeros(n_roots, n_pos, *z.shape[1:]).index_put_(rows.at, z, accumulate=True)
+        moved = torch.einsum("hts,rthe->rshe", trace.pattern[layer] / trace.sigma_pre[layer], every)
+        g += centre(moved.flatten(2) @ W_V.mT.flatten(0, 1))
+        return
     value = centre(torch.einsum("rhe,hde->rhd", z, W_V))
     parts = (x.split(READS) for x in (rows.root, rows.position, value))
     for root, position, some in zip(*parts, strict=True):

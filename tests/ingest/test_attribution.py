@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from ingest import open_paths
+from ingest import attribution, open_paths
 from ingest.attribution import RULES, attribute
 from ingest.circuits import CircuitRequest, prompt_record
 from ingest.prompts import Prompt
@@ -248,6 +248,18 @@ def test_flow_is_conserved(replacement, rule):
     found = attribute(replacement, table, RULES[rule](THRESHOLDS[rule]))
     total = found.embeddings + found.biases + found.errors + found.pruned + found.constant
     torch.testing.assert_close(total, table.value, rtol=1e-9, atol=1e-9)
+
+
+def test_few_and_many_reads_look_back_to_the_same(replacement, monkeypatch):
+    table = root_table(some_roots(replacement), replacement)
+    found = []
+    for dense in (0, 10**9):
+        monkeypatch.setattr(attribution, "DENSE", dense)
+        found.append(attribute(replacement, table, RULES["support"](THRESHOLDS["support"])))
+    few, many = found
+    assert few.embedding.abs().max() > 1e-3
+    for name in ("embedding", "position", "constant", "pruned"):
+        torch.testing.assert_close(getattr(many, name), getattr(few, name), rtol=1e-9, atol=1e-12)
 
 
 def everything(setup, replacement, monkeypatch):
