@@ -2,7 +2,7 @@
 
 Under each node stand its drivers: the circuit's nodes with an edge into it, with the share of its
 pre-activation that each accounts for, summed over the heads that carry it, and below it why each of these heads
-looked there, where the score is stored: the strongest pair of nodes behind it, with its figures where the tree
+looked there, where a stored pair of nodes speaks for it: the one that does most, with its figures where the tree
 first tells of that score, and after that only by name, the heads of one pair together. The strongest `top` of
 at least `min_share` are shown, and their drivers below them, `depth` levels down. A node that stands in several
 places is opened where it stands highest, and marked with an arrow elsewhere. What is left of the whole is the
@@ -49,7 +49,7 @@ RETURN p.id AS prompt, p.text AS text, c.rule AS rule, c.threshold AS threshold,
        c.necessity AS necessity, c.ablation AS ablation, root.id AS root, root.name AS name,
        [label IN labels(root) WHERE NOT label IN ['CircuitNode', 'Activation']][0] AS kind,
        f.label AS label, root.position AS position, token.text AS token
-ORDER BY position DESC
+ORDER BY position
 """
 _ALL = 1_000_000  # rows: every pair of a circuit
 _TOKENS = """
@@ -71,7 +71,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Look:
-    """The strongest pair behind one head's score at one query and key: `qk` of it, from a node at either.
+    """The pair that speaks most for one head's look from a query to a key: `qk` of its score, from a node at either.
 
     `lift` is what the node at the query gives to this key beyond what it gives to the others on average.
     """
@@ -159,7 +159,7 @@ def tree(edges: pd.DataFrame, pairs: pd.DataFrame, root: Node, *, depth: int, to
 
 def drivers(edges: pd.DataFrame, pairs: pd.DataFrame) -> dict[str, list[Driver]]:
     """For every target's id its drivers, strongest first, the heads of each pair of nodes together."""
-    strongest = _strongest(pairs)
+    speaking = _speaking(pairs)
     found: dict[str, list[Driver]] = {}
     for (target, _), rows in edges.groupby(["target", "source"], sort=False):
         records = cast(list[dict[str, Any]], rows.fillna({"share": 0.0}).to_dict("records"))
@@ -167,17 +167,20 @@ def drivers(edges: pd.DataFrame, pairs: pd.DataFrame) -> dict[str, list[Driver]]
         heads.sort(key=lambda head: -abs(head[2]))
         share = sum(float(r["share"]) for r in records)
         ends = records[0]["target_position"], records[0]["source_position"]
-        looks = [strongest[layer, head, *ends] for layer, head, _ in heads if (layer, head, *ends) in strongest]
+        looks = [speaking[layer, head, *ends] for layer, head, _ in heads if (layer, head, *ends) in speaking]
         found.setdefault(str(target), []).append(Driver(_source(records[0]), share, tuple(heads), tuple(looks)))
     for strongest_first in found.values():
         strongest_first.sort(key=lambda driver: (-abs(driver.share), driver.node.id))
     return found
 
 
-def _strongest(pairs: pd.DataFrame) -> dict[tuple[int, int, int, int], Look]:
-    """The strongest pair of each score, by layer, head, query and key."""
-    order = pairs["qk"].abs().sort_values(ascending=False, kind="stable").index
-    first = pairs.loc[order].drop_duplicates(["layer", "head", "query", "key"])
+def _speaking(pairs: pd.DataFrame) -> dict[tuple[int, int, int, int], Look]:
+    """For each score, by layer, head, query and key, the pair that speaks most for looking there, if any does.
+
+    It is of the node at the query that lifts this key most over the others, and the strongest that adds to the score.
+    """
+    for_it = pairs[(pairs["lift"] > 0) & (pairs["qk"] > 0)].sort_values(["lift", "qk"], ascending=False)
+    first = for_it.drop_duplicates(["layer", "head", "query", "key"])
     return {
         (int(r["layer"]), int(r["head"]), int(r["query"]), int(r["key"])): Look(
             int(r["layer"]), int(r["head"]), *(r[name] for name in ("query_name", "key_name", "qk", "score", "lift"))
@@ -234,14 +237,15 @@ def show(
         if html or svg or png:
             write_picture(picture(opened, found), html, svg, png)
             return
-        head = cast(dict[str, Any], opened.read(_HEAD, circuit=found).iloc[0].to_dict())
-        tokens = opened.read(_TOKENS, prompt=head["prompt"])
+        heads = cast(list[dict[str, Any]], opened.read(_HEAD, circuit=found).to_dict("records"))
+        tokens = opened.read(_TOKENS, prompt=heads[0]["prompt"])
         edges = queries.circuit(opened, found)
         pairs = queries.attention(opened, found, limit=_ALL)
-    root = Node(head["root"], head["name"], head["kind"], _text(head["label"]), head["token"])
+    roots = [Node(head["root"], head["name"], head["kind"], _text(head["label"]), head["token"]) for head in heads]
     console = Console(highlight=False) if sys.stdout.isatty() else Console(width=100_000, color_system=None)
-    console.print(_heading(found, head, zip(tokens["position"], tokens["text"], strict=True)))
-    console.print(draw(tree(edges, pairs, root, depth=depth, top=top, min_share=min_share)))
+    console.print(_heading(found, heads, zip(tokens["position"], tokens["text"], strict=True)))
+    for root in roots:
+        console.print(draw(tree(edges, pairs, root, depth=depth, top=top, min_share=min_share)))
 
 
 def _source(row: dict[str, Any]) -> Node:
@@ -263,10 +267,11 @@ def _in_the_model(head: dict[str, Any]) -> list[str]:
     ]
 
 
-def _heading(circuit: str, head: dict[str, Any], tokens: Iterable[tuple[int, str]]) -> Text:
-    prompt = Text()
+def _heading(circuit: str, heads: Sequence[dict[str, Any]], tokens: Iterable[tuple[int, str]]) -> Text:
+    """What the circuit explains and how well; `heads` has a row for each of its roots."""
+    prompt, head, at = Text(), heads[0], {head["position"] for head in heads}
     for position, token in tokens:
-        if position == head["position"]:
+        if position in at:
             prompt.append(f"«{visible(token)}»", style="bold reverse")
         elif position > 0 or head["text"].startswith(token):  # else it was put before the prompt
             prompt.append(visible(token))
@@ -275,7 +280,9 @@ def _heading(circuit: str, head: dict[str, Any], tokens: Iterable[tuple[int, str
         f"pruned {_percent(head['pruned_share'])}"
     )
     kept = f"{head['n_nodes']} nodes, {head['n_edges']} edges, {head['rule']} at {head['threshold']:g}"
-    lines = [visible(circuit), prompt, f"value {head['root_value']:.4g}: {explained}", kept, *_in_the_model(head), ""]
+    together = "" if len(heads) == 1 else f" of {len(heads)} roots together"
+    value = f"value {head['root_value']:.4g}{together}: {explained}"
+    lines = [visible(circuit), prompt, value, kept, *_in_the_model(head), ""]
     return Text("\n").join(line if isinstance(line, Text) else Text(line) for line in lines)
 
 

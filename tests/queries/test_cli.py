@@ -14,11 +14,13 @@ from click.testing import CliRunner, Result
 import queries
 from atlas.cli import atlas as group
 from atlas.errors import AtlasError
+from atlas.multitoken import write_multitoken
 from atlas.schema import prepare
 from atlas.store import connect
 from queries.catalogue import questions
 from queries.render import aligned, to_csv, to_json
 from tests.queries.conftest import Filled, fill
+from tests.synthetic import synthetic_multitoken, synthetic_prompt
 
 Run = Callable[..., Result]
 
@@ -135,6 +137,26 @@ def test_show_prints_the_tree(run: Run, folder: tuple[Path, Filled, pd.DataFrame
     assert run("show", part).stdout == shown.stdout
     assert "part of more than one circuit's id" in str(run("show", "relative").exception)
     assert "No circuit's id contains 'nowhere'" in str(run("show", "nowhere").exception)
+
+
+def test_show_prints_a_tree_for_each_root(tmp_path: Path) -> None:
+    record = synthetic_multitoken(synthetic_prompt(0, 4, 3, 0.4))
+    with connect(tmp_path / "store") as store:
+        prepare(store)
+        fill(store)
+        write_multitoken(store, [record])
+        roots = store.read(
+            "MATCH (:Circuit {id: $id})-[:ROOT]->(n)-[:AT]->(t) RETURN n.name AS name, t.text AS token "
+            "ORDER BY t.position",
+            id=record.id,
+        )
+    lines = CliRunner().invoke(group, ["show", record.id, "--store", str(tmp_path / "store")]).stdout.splitlines()
+    assert len(roots) == 2
+    assert "".join(f"«{token}»" for token in roots["token"]) in lines[1]
+    assert " of 2 roots together: explained" in lines[2]
+    assert [line.split(' "')[0] for line in lines[lines.index("") + 1 :] if line[0] not in "│├└"] == roots[
+        "name"
+    ].tolist()
 
 
 def test_the_help_of_every_question_needs_no_store(tmp_path: Path) -> None:

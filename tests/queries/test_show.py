@@ -52,9 +52,15 @@ PAIRS = pd.DataFrame(
             "key_name": k,
             "qk": qk,
             "score": 2.04,
-            "lift": 0.5,
+            "lift": lift,
         }
-        for q, k, qk in (("embedding @ is", "L0 k bias @ Texas", 0.5), ("L0 mlp 4 @ is", "embedding @ Texas", -3.26))
+        for q, k, qk, lift in (
+            ("embedding @ is", "L0 k bias @ Texas", 0.5, 0.1),
+            ("L0 mlp 5 @ is", "embedding @ Texas", -9.26, 0.9),  # it keeps the head from looking anywhere
+            ("L0 mlp 6 @ is", "embedding @ Texas", 9.26, -0.9),  # it makes it look at the others
+            ("L0 mlp 4 @ is", "L0 k bias @ Texas", 1.0, 0.5),
+            ("L0 mlp 4 @ is", "embedding @ Texas", 3.26, 0.5),
+        )
     ]
     + [
         {
@@ -87,7 +93,7 @@ def test_the_whole_tree_as_printed() -> None:
         'L2 mlp 7 @ is "states"',
         "├── 50.0% node a1",
         '│   ├── 60.0% node m1 via OV L1.H0 35.0%, L1.H3 25.0% from " Texas" ↕ opened elsewhere',
-        "│   │   └── L1.H3 looks there: L0 mlp 4 @ is with embedding @ Texas, -3.3 of its score 2.0, lift +0.50",
+        "│   │   └── L1.H3 looks there: L0 mlp 4 @ is with embedding @ Texas, 3.3 of its score 2.0, lift +0.50",
         '│   ├── 30.0% node e1 via OV L1.H3 from " Texas"',
         "│   │   └── L1.H3 looks there: L0 mlp 4 @ is with embedding @ Texas",
         "│   └── 10.0% rest: the constant and what the circuit leaves out",
@@ -101,14 +107,14 @@ def test_the_whole_tree_as_printed() -> None:
 
 def test_a_score_is_told_once_and_named_after_that() -> None:
     """Both heads at one pair of nodes, behind two edges; the figures stand under the stronger edge only."""
-    both = pd.concat([PAIRS, PAIRS[1:2].assign(head=0, qk=1.5, score=3.0)], ignore_index=True)
+    both = pd.concat([PAIRS, PAIRS[4:5].assign(head=0, qk=1.5, score=3.0)], ignore_index=True)
     edges = pd.concat([EDGES, pd.DataFrame([edge("e1", "a1", 0.1, 1, 0)])], ignore_index=True)
     lines = printed(tree(edges, both, ROOT, depth=2, top=2, min_share=0.02))
     pair = "L0 mlp 4 @ is with embedding @ Texas"
     assert lines[2:7] == [
         '│   ├── 60.0% node m1 via OV L1.H0 35.0%, L1.H3 25.0% from " Texas" ↕ opened elsewhere',
         f"│   │   ├── L1.H0 looks there: {pair}, 1.5 of its score 3.0, lift +0.50",
-        f"│   │   └── L1.H3 looks there: {pair}, -3.3 of its score 2.0, lift +0.50",
+        f"│   │   └── L1.H3 looks there: {pair}, 3.3 of its score 2.0, lift +0.50",
         '│   ├── 40.0% node e1 via OV L1.H3 30.0%, L1.H0 10.0% from " Texas"',
         f"│   │   └── L1.H3, L1.H0 look there: {pair}",
     ]
