@@ -124,6 +124,8 @@ class Question:
         for parameter in self.parameters:
             if parameter.required and given.get(parameter.name) is None:
                 raise AtlasError(f"{self.name} needs {parameter.name}, {parameter.takes}: {parameter.meaning}.")
+        if {"feature", "node"} <= {*names} and (given.get("feature") is None) == (given.get("node") is None):
+            raise AtlasError(f"{self.name} starts from a feature or from a node: give one of the two.")
         return {p.name: p.check(given.get(p.name, p.default)) for p in self.parameters}
 
 

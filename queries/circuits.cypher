@@ -7,7 +7,7 @@
 //   rule: paper|relative|support|top_mass = null; e.g. "relative"; the rule that kept the nodes
 //   limit: integer 1.. = 100; e.g. 20; the most rows to return
 //
-// Columns, most complete circuits first:
+// Columns, those with completeness nearest to 1 first:
 //   circuit*: string; id of the circuit
 //   prompt: string; id of its prompt
 //   task*: string; the prompt's task
@@ -22,7 +22,7 @@
 //   n_nodes*: integer; nodes, the root among them
 //   n_edges*: integer; edges between them
 //   root_value: float; the root's value, or its logit
-//   completeness*: float; share of the root that embeddings, biases and constants explain
+//   completeness*: float; share of the root that embeddings, biases and constants explain; above 1 where the rest works against it
 //   error_share*: float; share that comes through reconstruction errors
 //   pruned_share*: float; share that comes through nodes that were not kept
 //
@@ -54,7 +54,7 @@ WHERE NOT c:MultiToken
   AND ($prompt IS NULL OR p.id = $prompt)
   AND ($task IS NULL OR p.task = $task)
 WITH p, c
-ORDER BY c.completeness DESC, c.id
+ORDER BY abs(1 - c.completeness), c.id
 LIMIT toInteger($limit)
 MATCH (c)-[:ROOT]->(root:CircuitNode)-[:AT]->(token:Token)
 RETURN c.id AS circuit,
@@ -74,4 +74,4 @@ RETURN c.id AS circuit,
        c.completeness AS completeness,
        c.error_share AS error_share,
        c.pruned_share AS pruned_share
-ORDER BY completeness DESC, circuit
+ORDER BY abs(1 - completeness), circuit

@@ -8,7 +8,7 @@
 //   limit: integer 1.. = 100; e.g. 20; the most rows to return
 //
 // Columns, those that most prompts show first:
-//   via*: string; OV where the head carries from source to target; QK where target looks at source because of the two
+//   via*: string; OV where the head carries from source to target; QK where the two add to the score by which target looks at source, or take from it
 //   source*: string; id of the feature at the key, whose token is looked at
 //   source_label*: string; its label, where it has one
 //   target*: string; id of the feature at the query

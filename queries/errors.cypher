@@ -9,9 +9,9 @@
 //   layer*: integer; the layer
 //   site*: string; attn or mlp
 //   n_circuits*: integer; circuits of the task
-//   n_with*: integer; those of them in which an error of this layer and site has a part
-//   mean_share*: float; mean over all circuits of the errors' attribution over the root's value
-//   mean_size*: float; the same with every attribution taken positive: how much goes through errors at all
+//   n_with*: integer; those of them that keep an error of this layer and site
+//   mean_share*: float; mean over all circuits of the kept errors' attribution over the root's value
+//   mean_size*: float; the same with every attribution taken positive; errors that no circuit keeps are in error_share only
 //
 // In Neo4j Browser, first:
 //   :param {task: null, rule: "relative"}

@@ -32,10 +32,10 @@ class Circuit(pd.DataFrame):
         """The circuit as a networkx graph: nodes by id, and one edge per pair of nodes and head.
 
         Attributes are the columns of `nodes` and those of the edge; what is missing there has no attribute.
-        An edge's key is DIRECT, or its head, such as `L2.H3`. Raises AtlasError if those columns were dropped.
+        An edge's key is DIRECT, or its head, such as `L2.H3`. Raises AtlasError if those columns were dropped,
+        or the nodes by a merge or a concat.
         """
-        if lacking := [name for name in ["source", "target", *_EDGE] if name not in self.columns]:
-            raise AtlasError(f"A graph needs the circuit's columns {', '.join(lacking)}; take them along.")
+        self._check()
         import networkx
 
         graph: MultiDiGraph[str] = networkx.MultiDiGraph()
@@ -49,7 +49,14 @@ class Circuit(pd.DataFrame):
 
     def render(self, height: str = "600px") -> "HTML":
         """The circuit as a notebook shows it, by neo4j-viz; raises AtlasError where that is not installed."""
+        self._check()
         return render(self.nodes, self, height)
+
+    def _check(self) -> None:
+        if lacking := [name for name in ["source", "target", *_EDGE] if name not in self.columns]:
+            raise AtlasError(f"A graph needs the circuit's columns {', '.join(lacking)}; take them along.")
+        if "nodes" not in self.__dict__:
+            raise AtlasError("A merge or concat leaves the nodes behind; set `nodes` to the circuit's.")
 
 
 def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:

@@ -1,14 +1,13 @@
 """The questions as functions: each runs the .cypher file of its name and returns a DataFrame.
 
 The columns and their order are told in the file's header, and by `atlas queries`; their names and
-dtypes are the same when there are no rows. None for a parameter means: whatever it is.
+dtypes are the same when there are no rows. None for a parameter that is None by default means: whatever it is.
 All raise AtlasError on a parameter of the wrong type and on a thing that is not in the store.
 """
 
 import pandas as pd
 
 from atlas import Store
-from atlas.errors import AtlasError
 from queries.ask import ask
 from queries.graph import Circuit
 
@@ -57,8 +56,6 @@ def upstream(
     One row per step, source, target and head, aggregated over the prompts. Edges are followed that
     make up at least `min_share` of their target's pre-activation. Give one of `feature` and `node`.
     """
-    if (feature is None) == (node is None):
-        raise AtlasError("upstream starts from a feature or from a node: give one of the two.")
     given = {"feature": feature, "node": node, "hops": hops, "min_share": min_share, "via": via, "limit": limit}
     return ask(store, "upstream", given)
 
@@ -156,8 +153,6 @@ def downstream(
 
     One row per step, source, target and head, as in `upstream`. Give one of `feature` and `node`.
     """
-    if (feature is None) == (node is None):
-        raise AtlasError("downstream starts from a feature or from a node: give one of the two.")
     given = {"feature": feature, "node": node, "hops": hops, "min_share": min_share, "via": via, "limit": limit}
     return ask(store, "downstream", given)
 

@@ -2,7 +2,7 @@
 //
 // Parameters:
 //   circuit: circuit; e.g. "4f1c09d2a6b8e735/9/2/mlp/812/relative"; id of the circuit
-//   among: integer 1.. = 100; e.g. 300; look for others by its rarest features, which fire in this many prompts in all
+//   among: integer 1.. = 100; e.g. 300; look for others by its rarest features, which fire in this many prompts in all; with more the nearest is missed less often
 //   limit: integer 1.. = 20; e.g. 50; the most rows to return
 //
 // Columns, the most similar first:

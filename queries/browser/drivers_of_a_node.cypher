@@ -1,6 +1,6 @@
 // Drivers of one node
 // Its 15 strongest edges, by head, and what each driver is a feature of.
-// Put a node's id between the quotes; without one, the root of the most complete circuit is taken.
+// Put a node's id between the quotes; without one, the root of a circuit is taken whose completeness is nearest to 1.
 WITH '' AS given
 CALL (given) {
   MATCH (n:CircuitNode {id: given})
@@ -8,7 +8,7 @@ CALL (given) {
   UNION
   UNWIND CASE WHEN given = '' THEN [true] ELSE [] END AS any
   MATCH (c:Circuit)
-  WITH c ORDER BY c.completeness DESC, c.id LIMIT 1
+  WITH c ORDER BY abs(1 - c.completeness), c.id LIMIT 1
   MATCH (c)-[:ROOT]->(n:CircuitNode)
   RETURN n
 }

@@ -1,5 +1,5 @@
 // Features of one task
-// The features that circuits of at least two of its prompts explain, and the prompts that they fire on.
+// The features that circuits of at least two of its prompts explain, and these prompts.
 // Put a task between the quotes; without one, the one of most prompts is taken.
 WITH '' AS given
 MATCH (p:Prompt)

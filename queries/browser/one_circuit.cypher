@@ -11,6 +11,7 @@ MATCH (c)-[:INCLUDES]->(n:CircuitNode)
 WITH c, min_share, count(DISTINCT n.position) AS n_positions
 ORDER BY n_positions DESC, c.id
 LIMIT 1
-MATCH (c)-[:INCLUDES]->(s:CircuitNode)-[e:DIRECT|OV]->(t:CircuitNode)<-[:INCLUDES]-(c)
+MATCH (c)-[:INCLUDES]->(s:CircuitNode)
+OPTIONAL MATCH (s)-[e:DIRECT|OV]->(t:CircuitNode)<-[:INCLUDES]-(c)
 WHERE abs(e.weight) >= min_share * abs(t.pre_activation)
 RETURN s, e, t

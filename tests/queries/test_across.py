@@ -97,8 +97,11 @@ def test_downstream(filled: Filled) -> None:
         assert_answer(answer, "downstream", expected.downstream(t, **given), keys)
         assert answer["hop"].is_monotonic_increasing
         assert_limits(partial(queries.downstream, store, **given), answer)
-    with pytest.raises(AtlasError, match="give one of the two"):
-        queries.downstream(store)
+    for given in ({}, {"feature": feature, "node": embedding}):
+        with pytest.raises(AtlasError, match="give one of the two"):
+            queries.downstream(store, **given)
+        with pytest.raises(AtlasError, match="give one of the two"):
+            queries.batches(store, "downstream", **given)
 
 
 def test_strongest_paths(filled: Filled) -> None:

@@ -77,9 +77,11 @@ def test_hostile_parameters_stay_data(filled: Filled) -> None:
     for text in ["'}) DETACH DELETE n //", '"` \\ $feature \x00 🜁 {id: 1}']:
         for asked in questions().values():
             texts = [p.name for p in asked.parameters if not p.choices and p.type not in ("integer", "float")]
-            given = {p.name: p.example for p in asked.parameters if p.required} | dict.fromkeys(texts, text)
-            found = answer_or_refusal(filled.store, asked.name, given)
-            assert isinstance(found, pd.DataFrame) or found.startswith("There is no"), asked.name
+            required = {p.name: p.example for p in asked.parameters if p.required}
+            for left in ("feature", "node") if {"feature", "node"} <= {*texts} else ("",):  # they exclude each other
+                given = required | dict.fromkeys((name for name in texts if name != left), text)
+                found = answer_or_refusal(filled.store, asked.name, given)
+                assert isinstance(found, pd.DataFrame) or found.startswith("There is no"), asked.name
     assert everything(filled.store) == before
 
 
@@ -161,6 +163,13 @@ def test_rows_of_a_circuit_are_a_circuit_of_the_same_nodes(filled_embedded: Fill
     assert set(strong.to_networkx()) == set(circuit.nodes["node"])
     with pytest.raises(AtlasError, match="needs the circuit's columns source"):
         circuit[["share", "weight"]].to_networkx()
+    with pytest.raises(AtlasError, match="needs the circuit's columns source"):
+        circuit[["share", "weight"]].render()
+    joined = pd.concat([circuit.head(1), circuit.tail(1)])
+    with pytest.raises(AtlasError, match="leaves the nodes behind"):
+        joined.to_networkx()
+    joined.nodes = circuit.nodes
+    assert joined.to_networkx().number_of_edges() == 2
 
 
 def test_connect_without_a_name_makes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
