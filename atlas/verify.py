@@ -419,10 +419,12 @@ def _ask(store: Store, question: _Question, ids: Mapping[float, Sequence[str]]) 
 def _task_parts(store: Store) -> Check:
     """Count the parts of each task's circuits anew, and compare with what is stored of that task."""
     prompts = store.read("MATCH (p:Prompt) WHERE p.task IS NOT NULL RETURN p.task AS task, p.id AS id ORDER BY id")
-    tasks = {*prompts["task"], *store.read("MATCH (t:TaskPart) RETURN DISTINCT t.task AS task")["task"]}
-    checked = 0
+    of_none = store.read("MATCH (t:TaskPart) WHERE t.task IS NULL RETURN t.id AS id")["id"].astype(str).tolist()
+    named = store.read("MATCH (t:TaskPart) WHERE t.task IS NOT NULL RETURN DISTINCT t.task AS task")["task"]
+    tasks = {*prompts["task"], *named}
+    checked = len(of_none)
     residuals: list[float] = []
-    wrong: list[str] = []
+    wrong: list[str] = of_none
     for task in sorted(tasks):
         counted = _counted(store, prompts.loc[prompts["task"] == task, "id"].astype(str).tolist())
         stored: LiteralString = "MATCH (t:TaskPart {task: $task}) RETURN t.id AS id, properties(t) AS properties"

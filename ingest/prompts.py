@@ -97,7 +97,7 @@ def _csv_rows(name: str, text: str, complain: Complain) -> Iterator[Prompt]:
 
 
 def _from_row(row: Mapping[str, object], name: str, where: str, complain: Complain) -> Prompt | None:
-    text, task, source = row.get("prompt"), row.get("task"), row.get("source", name)
+    text, task, source = row.get("prompt"), row.get("task"), row.get("source")
     if not isinstance(text, str):
         complain(f"{where} has no text in `prompt`")
         return None
@@ -106,4 +106,4 @@ def _from_row(row: Mapping[str, object], name: str, where: str, complain: Compla
             complain(f"{where} has a `{key}` that is not text")
             return None
     rest = {key: value for key, value in row.items() if key not in ("prompt", "task", "source")}
-    return Prompt(text, where, str(task) if task is not None else None, str(source), rest)
+    return Prompt(text, where, str(task) if task and str(task).strip() else None, str(source or name), rest)

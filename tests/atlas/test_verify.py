@@ -107,6 +107,7 @@ PLANTED = [
     ("task parts", "MATCH (t:TaskPart {part: 'node'}) WITH t LIMIT 1 SET t.log2_share = t.log2_share + 1"),
     ("task parts", "MATCH (t:TaskPart {part: 'node'}) WITH t LIMIT 1 DELETE t"),
     ("task parts", "CREATE (:TaskPart {id: '\"x\" in gone', task: 'gone', part: 'node', source: 'x'})"),
+    ("task parts", "CREATE (:TaskPart {id: 'circuit in ', part: 'circuit', n_prompts: 1})"),
     ("leftovers", "MATCH (p:Prompt) WITH p LIMIT 1 DETACH DELETE p"),
     ("leftovers", "CREATE (:CircuitNode:Embedding {id: 'gone/0/embedding', prompt: 'gone'})"),
     ("leftovers", "CREATE (:AttentionScore {id: 'gone/0.0/1-0', prompt: 'gone'})"),

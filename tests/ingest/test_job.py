@@ -359,6 +359,18 @@ def test_a_bad_line_is_named_and_the_others_go_on(tmp_path, directory):
     assert frame["task"].fillna("none").tolist() == ["none", "a"]
 
 
+def test_a_task_that_says_nothing_is_none(tmp_path, directory):
+    rows = [{"prompt": TEXTS[0], "task": ""}, {"prompt": TEXTS[1], "task": " ", "source": None}]
+    store = tmp_path / "s"
+    text = "\n".join(map(json.dumps, rows))
+    status, printed = atlas("ingest", "-", "--model", str(directory), "--store", str(store), stdin=text)
+    assert status == 0, printed
+    with connect(store) as opened:
+        found = opened.read("MATCH (p:Prompt) RETURN p.task AS task, p.source AS source")
+        assert found.to_numpy().tolist() == [[None, "standard input"]] * 2
+        assert [check.name for check in verify(opened) if check.violations] == []
+
+
 def test_csv(tmp_path, directory):
     file = tmp_path / "prompts.csv"
     file.write_text('prompt,task,note\n"The capital of Texas is",geo,"a, b"\n"",geo,\n')
