@@ -32,6 +32,7 @@ from atlas.cli import store_option
 from atlas.errors import AtlasError
 from atlas.schema import prepare
 from atlas.store import Store, connect
+from atlas.text import HALF, has_half
 
 # Neuronpedia's model and source (without the layer's number) -> the dictionary's id, and its site.
 SOURCES = {
@@ -43,7 +44,6 @@ SOURCES = {
 PAGE = "https://www.neuronpedia.org/{model}/{layer}-{source}/"
 ROWS_PER_TRANSACTION = 2_000
 FORMS = (".jsonl", ".json", ".csv")
-_SURROGATE = re.compile("[\ud800-\udfff]")
 NO_LABEL = ("", "Feature not found.")  # the second stands in tables of scored labels
 
 _DICTIONARY: LiteralString = "MERGE (d:Dictionary {id: $dictionary}) ON CREATE SET d.layer = $layer, d.site = $site"
@@ -266,8 +266,8 @@ def _label(row: dict[str, Any], file: str, default: tuple[str, str] | None, summ
         return None
     written_by = row.get("explanationModelName")
     written_by = written_by if isinstance(written_by, str) and written_by else Path(file).name
-    if _SURROGATE.search(text + written_by):
-        raise _BadRow("its description holds half a character (a lone surrogate)")
+    if has_half(text + written_by):
+        raise _BadRow(f"its description holds {HALF}")
     dictionary, site = known
     page = PAGE.format(model=model, layer=int(layer), source=source)
     return Label(dictionary.format(layer=int(layer)), int(layer), site, index, text, written_by, page)

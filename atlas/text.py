@@ -1,4 +1,14 @@
-"""Text of prompts and labels as a person may be shown it."""
+"""Text of prompts and labels: whether it can be stored, and how a person may be shown it."""
+
+import re
+
+HALF = "half a character (a lone surrogate)"
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def has_half(text: str) -> bool:
+    """Whether the text holds half a character, which no store takes."""
+    return _SURROGATE.search(text) is not None
 
 
 def visible(text: str) -> str:

@@ -152,9 +152,9 @@ def ingest(
         refusals.append(sentence)
         click.echo(f"Left out: {sentence}.", err=True)
 
-    from ingest.prompts import Prompt, read_prompts
+    from ingest.prompts import prompt_given, read_prompts
 
-    prompts = [Prompt(text, "--text") for text in texts]
+    prompts = [prompt_given(text) for text in texts]
     prompts += [prompt for file in files for prompt in read_prompts(file, complain)]
     if not prompts:
         raise AtlasError(f"There is no prompt in {', '.join(files)}.")

@@ -7,13 +7,19 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 from atlas.errors import AtlasError
+from atlas.text import HALF, has_half
 
 Complain = Callable[[str], None]
+
+
+class _BadRow(ValueError):
+    """Why a row cannot be used, as the end of a sentence."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,13 @@ class Prompt:
     task: str | None = None
     source: str | None = None
     fields: Mapping[str, object] = field(default_factory=dict[str, object])
+
+
+def prompt_given(text: str) -> Prompt:
+    """The prompt of one --text. Raises AtlasError where the argument was not UTF-8."""
+    if has_half(text):
+        raise AtlasError(f"--text {text!r} is not UTF-8 text; set the terminal to UTF-8, or give a file.")
+    return Prompt(text, "--text")
 
 
 def read_prompts(file: str, complain: Complain) -> Iterator[Prompt]:
@@ -70,30 +83,56 @@ def _json_lines(name: str, text: str, complain: Complain) -> Iterator[Prompt]:
             continue
         where = f"{name}:{number}"
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            complain(f"{where} is not JSON: {error.msg} at column {error.colno}")
-            continue
-        if not isinstance(row, dict):
-            complain(f"{where} is not a JSON object with a `prompt`")
+            row = _parsed(line)
+        except _BadRow as error:
+            complain(f"{where} {error}")
             continue
         prompt = _from_row(row, name, where, complain)
         if prompt:
             yield prompt
 
 
+def _parsed(line: str) -> dict[str, object]:
+    """The object on a line, of which every part can be stored as JSON."""
+    try:
+        row = json.loads(line)
+        again = json.dumps(row, ensure_ascii=False, allow_nan=False)
+    except json.JSONDecodeError as error:
+        raise _BadRow(f"is not JSON: {error.msg} at column {error.colno}") from error
+    except RecursionError as error:
+        raise _BadRow("is nested too deeply") from error
+    except ValueError as error:  # allow_nan is about 1e999 too
+        raise _BadRow("holds a number that cannot be kept: NaN, infinite, or of thousands of digits") from error
+    if not isinstance(row, dict):
+        raise _BadRow("is not a JSON object with a `prompt`")
+    if has_half(again):
+        raise _BadRow(f"holds {HALF}")
+    return cast(dict[str, object], row)
+
+
 def _csv_rows(name: str, text: str, complain: Complain) -> Iterator[Prompt]:
-    rows = csv.DictReader(io.StringIO(text, newline=""))
-    if "prompt" not in (rows.fieldnames or ()):
-        raise AtlasError(f"{name} has no column `prompt`; its header has {', '.join(rows.fieldnames or ['nothing'])}.")
-    for row in rows:
-        where = f"{name}:{rows.line_num}"
+    header, rows = _table(text)
+    if "prompt" not in header:
+        raise AtlasError(f"{name} has no column `prompt`; its header has {', '.join(header or ['nothing'])}.")
+    for number, row in rows:
+        where = f"{name}:{number}"
         if None in row:
             complain(f"{where} has more columns than the header")
             continue
-        prompt = _from_row({key: value for key, value in row.items() if value}, name, where, complain)
+        prompt = _from_row({str(key): value for key, value in row.items() if value}, name, where, complain)
         if prompt:
             yield prompt
+
+
+def _table(text: str) -> tuple[Sequence[str], list[tuple[int, dict[str | None, str]]]]:
+    """The header and the rows with the numbers of their last lines; fields may be of any length."""
+    limit = csv.field_size_limit(len(text) + 1)
+    try:
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        header = reader.fieldnames or ()
+        return header, [(reader.line_num, cast(dict[str | None, str], row)) for row in reader]
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _from_row(row: Mapping[str, object], name: str, where: str, complain: Complain) -> Prompt | None:

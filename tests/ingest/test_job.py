@@ -1,6 +1,7 @@
 """Ingestion jobs as a user runs them: stored once, resumed after a kill, replaced when more is asked."""
 
 import contextlib
+import csv
 import io
 import json
 import os
@@ -20,7 +21,7 @@ from atlas.verify import verify
 from atlas.writer import write_prompt
 from ingest.faithfulness import ablation
 from ingest.job import circuit_requests, prepare_tasks, run
-from ingest.prompts import Prompt
+from ingest.prompts import Prompt, read_prompts
 from ingest.setup import set_up
 from queries.summary import summary
 from tests.graph import graph_in, graph_of
@@ -357,6 +358,42 @@ def test_a_bad_line_is_named_and_the_others_go_on(tmp_path, directory):
     assert frame["text"].tolist() == sorted(TEXTS[:2])
     assert json.loads(frame["fields"][1]) == {"answer": 3}
     assert frame["task"].fillna("none").tolist() == ["none", "a"]
+
+
+BAD = {
+    '{"prompt": "\\ud800"}': "half a character",
+    '{"prompt": "The", "task": "\\udfff"}': "half a character",
+    '{"prompt": "The", "note": [{"\\ud800": 1}]}': "half a character",
+    '{"prompt": "The", "note": ' + "[" * 100_000 + "]" * 100_000 + "}": "nested too deeply",
+    '{"prompt": "The", "note": ' + "9" * 5000 + "}": "a number that cannot be kept",
+    '{"prompt": "The", "note": NaN}': "a number that cannot be kept",
+    '{"prompt": "The", "note": [-Infinity]}': "a number that cannot be kept",
+    '{"prompt": "The", "note": 1e999}': "a number that cannot be kept",
+}
+
+
+def test_what_cannot_be_stored_is_left_out(tmp_path):
+    file, said = tmp_path / "a.jsonl", []
+    file.write_text("\n".join(['{"prompt": "first"}', *BAD, '{"prompt": "last"}']))
+    assert [prompt.text for prompt in read_prompts(str(file), said.append)] == ["first", "last"]
+    assert len(said) == len(BAD)
+    for number, (sentence, expected) in enumerate(zip(said, BAD.values(), strict=True), 2):
+        assert sentence.startswith(f"a.jsonl:{number} ")
+        assert expected in sentence
+
+
+def test_a_text_that_is_not_utf8(tmp_path, directory):
+    assert "'na\\udcefve' is not UTF-8 text" in refused(tmp_path, directory, "--text", os.fsdecode(b"na\xefve"))
+
+
+def test_a_long_field_of_a_table(tmp_path, directory):
+    file, limit = tmp_path / "long.csv", csv.field_size_limit()
+    file.write_text(f"prompt,note\n{TEXTS[0]},{'x' * 200_000}\n{'is ' * 70_000},\n{TEXTS[1]},b\n")
+    status, printed = atlas("ingest", str(file), "--model", str(directory), "--store", str(tmp_path / "s"))
+    assert status == 2
+    assert "Left out: long.csv:3 has " in printed
+    assert "2 prompts with" in printed
+    assert csv.field_size_limit() == limit
 
 
 def test_a_task_that_says_nothing_is_none(tmp_path, directory):
