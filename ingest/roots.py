@@ -8,7 +8,7 @@
     @POS              the likeliest next tokens at a position, and its four strongest middle-layer features
     2/mlp/812         a named feature where it is strongest (or, with @POS, there); attn likewise
     " Paris"          a token's logit at the last position (or, with @POS, there)
-    " Paris- Rome"    the difference of two tokens' logits
+    " Paris- Rome"    the difference of two tokens' logits; the first may hold no @, which begins a position
 
 The strongest features alone are mostly features of the token itself; their circuits are dull, hence
 the second four. What fires on BOS is not evidence of anything: no root stands there.
@@ -110,8 +110,16 @@ def _token_request(spec: str, word: str, position: int | None, model: LanguageMo
         return RootRequest(spec, "logit", position, index=index)
     for dash in (i for i, letter in enumerate(word) if letter == "-"):
         first, second = token(word[:dash]), token(word[dash + 1 :])
-        if first is not None and second is not None:
-            return RootRequest(spec, "logit", position, index=first, versus=second)
+        if first is None or second is None:
+            continue
+        if first == second:
+            raise AtlasError(f"Root {spec!r} is a token less itself, which is always 0; give two different tokens.")
+        if "@" in word[:dash]:
+            raise AtlasError(
+                f"Root {spec!r}: after @ comes a position from 1 to {model.record.n_ctx - 1}; the first token of a "
+                "difference may hold no @."
+            )
+        return RootRequest(spec, "logit", position, index=first, versus=second)
     pieces = [model.token_text(i) for i in model.tokens(word)[1:]]
     raise AtlasError(
         f"Root {spec!r} is neither `default`, `logits`, `features`, @POSITION, a feature such as 2/mlp/812, nor one "

@@ -191,6 +191,10 @@ def test_roots_are_combined_and_not_doubled(embedded_store, setup):
         ("default@0", "positions run from 1"),
         (" is@99", "positions run from 1"),
         (" Constantinople", "neither"),
+        (" is- is", "a token less itself"),
+        (" is- is@2", "a token less itself"),
+        ("@-1", "after @ comes a position from 1 to"),
+        ("@x", "neither"),
     ],
 )
 def test_unknown_roots(setup, spec, sentence):
