@@ -47,7 +47,7 @@ class Task:
 
 @dataclass
 class Summary:
-    """What a job did."""
+    """What a job did: `prompts` with their circuits and edges once they are written."""
 
     prompts: int = 0
     skipped: int = 0
@@ -104,7 +104,7 @@ def run(
     until: float = math.inf,
     by: Ablation | None = None,
 ) -> Summary:
-    """Ingest `tasks`, calling `progress` after each; a KeyboardInterrupt leaves whole prompts only.
+    """Ingest `tasks`, calling `progress` after each and at the end; a KeyboardInterrupt leaves whole prompts only.
 
     No task is begun after `until` (time.monotonic()). With `by`, circuits are measured in the real model (METHOD 6).
     """
@@ -116,7 +116,7 @@ def run(
     register(store, setup.record, RunRecord(run_id, config, datetime.now(UTC).isoformat(), atlas.__version__))
     stored = asked_before(store, [task.id for task in tasks])
     status = "failed"
-    writer = _Writer(store, run_id)
+    writer = _Writer(store, run_id, summary)
     try:
         try:
             for task in tasks:
@@ -126,6 +126,7 @@ def run(
                 progress(summary)
         finally:
             writer.finish()
+        progress(summary)
         status = "finished"
     except KeyboardInterrupt:
         status = "interrupted"
@@ -165,9 +166,6 @@ def _ingest(
     if by:
         record = measured(setup, replacement, record, by)
     writer.put(record)
-    summary.prompts += 1
-    summary.circuits += len(record.circuits)
-    summary.edges += len(record.direct.weight) + len(record.ov.weight)
 
 
 def _with_shares(record: PromptRecord, shares: Mapping[str, tuple[float, SharesRecord]]) -> PromptRecord:
@@ -207,10 +205,10 @@ def prompt_id(setup: Setup, tokens: list[int]) -> str:
 
 
 class _Writer:
-    """Writes prompts in a thread of its own, each in one transaction, in the order they come."""
+    """Writes prompts in a thread of its own, each in one transaction, in the order they come, and counts them."""
 
-    def __init__(self, store: Store, run_id: str) -> None:
-        self.store, self._run_id = store, run_id
+    def __init__(self, store: Store, run_id: str, summary: Summary) -> None:
+        self.store, self._run_id, self._summary = store, run_id, summary
         self._waiting: queue.Queue[PromptRecord | None] = queue.Queue(AHEAD)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="atlas-writer")
@@ -239,5 +237,8 @@ class _Writer:
                 continue
             try:
                 write_prompt(self.store, record, self._run_id)
+                self._summary.prompts += 1
+                self._summary.circuits += len(record.circuits)
+                self._summary.edges += len(record.direct.weight) + len(record.ov.weight)
             except BaseException as error:
                 self._error = error

@@ -74,6 +74,24 @@ def test_what_is_written_is_what_was_computed(store, setup, monkeypatch):
     assert [check.name for check in verify(store) if check.violations] == []
 
 
+def test_only_what_is_written_is_counted(tmp_path, directory, monkeypatch):
+    written = []
+
+    def writing(store, record, run_id):
+        if len(written) == 2:
+            raise OSError("No space left on device")
+        write_prompt(store, record, run_id)
+        written.append(record)
+
+    monkeypatch.setattr("ingest.job.write_prompt", writing)
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(TEXTS))
+    status, printed = atlas("ingest", str(file), "--model", str(directory), "--store", str(tmp_path / "s"))
+    assert status == 2
+    assert "The store stopped taking prompts: No space left on device" in printed
+    assert "2 prompts with 22 circuits and " in printed
+
+
 def test_a_threshold_of_logits_is_kept_with_the_prompt(store, setup):
     _, (task,), _ = ingest(store, setup, TEXTS[:1], threshold=0.1, logits=0.02)
     find = "MATCH (c:Circuit {prompt: $id})-[:ROOT]->(n) RETURN n:Logit AS logit, c.threshold AS threshold"
@@ -266,13 +284,17 @@ def assert_same(found, want):
 
 
 def kill_after(process: subprocess.Popen[bytes], prompts: int) -> None:
-    """kill -9 once the process says that `prompts` prompts were computed; the last of them are being written."""
-    stderr = process.stderr
-    assert stderr
-    for line in stderr:
+    """kill -9 once the process says that `prompts` prompts are written; the next are being written."""
+    wait_for(process, prompts)
+    process.kill()
+
+
+def wait_for(process: subprocess.Popen[bytes], prompts: int) -> None:
+    """Read what the process says until that many prompts are written."""
+    assert process.stderr
+    for line in process.stderr:
         if line.startswith(b"progress ") and int(line.split()[1]) >= prompts:
             break
-    process.kill()
 
 
 def test_ctrl_c_ends_cleanly(tmp_path, directory):
@@ -286,10 +308,7 @@ def test_ctrl_c_ends_cleanly(tmp_path, directory):
         stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what a shell starts with & would ignore it
     )
-    assert process.stderr
-    for line in process.stderr:
-        if line.startswith(b"progress 3"):
-            break
+    wait_for(process, 3)
     os.kill(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=600)
     assert process.returncode == 130
