@@ -288,7 +288,13 @@ def _record(found: Found) -> MultiTokenRecord:
 @click.option("--model", default="mini", show_default=True, help="The model that the prompts were traced with.")
 @store_option
 @click.option("--length", default=2, show_default=True, help="Tokens that a span or chain has at least.")
-@click.option("--limit", default=100, show_default=True, help="How many spans, and how many chains, are measured.")
+@click.option(
+    "--limit",
+    default=100,
+    show_default=True,
+    type=click.IntRange(1),
+    help="How many spans, and how many chains, are measured.",
+)
 def multitoken(model: str, store: str | None, length: int, limit: int) -> None:
     """Find circuits over several tokens among the stored spans and roots, test them, and store them.
 

@@ -221,20 +221,33 @@ def _load(path: Path, scanner: Scanner) -> tuple[Place, Counted, bool]:
         raise AtlasError(f"The scan kept in {path} cannot be read; delete the file to scan anew.") from error
 
 
+def _seconds(given: float | None) -> float:
+    """The time that there is. Raises AtlasError where it is none."""
+    if given is not None and not 0 < given < float("inf"):
+        raise AtlasError(f"--seconds {given} is no time to stop in; give a number of seconds above 0.")
+    return float("inf") if given is None else given
+
+
 @click.command()
 @click.argument("corpus", type=click.Path(path_type=Path))
 @click.option("--model", default="mini", show_default=True, help="mini, a model's directory, or a hub's name.")
 @store_option
-@click.option("--prompts", default=100, show_default=True, help="How many prompts are ingested.")
-@click.option("--seconds", type=float, help="Stop in time: scan for three quarters of it, then ingest.")
+@click.option(
+    "--prompts", default=100, show_default=True, type=click.IntRange(1), help="How many prompts are ingested."
+)
+@click.option(
+    "--seconds",
+    type=float,
+    callback=lambda ctx, parameter, value: _seconds(value),
+    help="Stop in time: scan for three quarters of it, then ingest.",
+)
 @click.option("--length", default=2, show_default=True, help="Tokens that a span has at least.")
-def wild(corpus: Path, model: str, store: str | None, prompts: int, seconds: float | None, length: int) -> None:
+def wild(corpus: Path, model: str, store: str | None, prompts: int, seconds: float, length: int) -> None:
     """Find features over whole phrases in a folder of text, and ingest the sentences that show them best.
 
     CORPUS is a folder of .txt or .txt.xz files. The scan is kept beside the store: the same command goes on with it.
     """
     began = time.monotonic()
-    budget = float("inf") if seconds is None else seconds
     files = text_files(corpus)
     complaints: list[str] = []
 
@@ -255,7 +268,7 @@ def wild(corpus: Path, model: str, store: str | None, prompts: int, seconds: flo
             bar.update(scanning, description=f"Scanning {file}", rates=f"{n_tokens:,} tokens, {rate:,.0f} a second")
 
         path = checkpoint_path(opened, setup, files)
-        counted = scan(scanner, files, path, began + 0.75 * budget, complain, tell)
+        counted = scan(scanner, files, path, began + 0.75 * seconds, complain, tell)
         if not counted.n_tokens:
             raise AtlasError(f"{corpus} has less text than one window of {setup.model.record.n_ctx - 1} tokens.")
         chosen = tasks(scanner, picks(scanner, counted, length), prompts, corpus.name)
@@ -264,7 +277,7 @@ def wild(corpus: Path, model: str, store: str | None, prompts: int, seconds: flo
         def ingested(summary: Summary) -> None:
             bar.update(ingesting, completed=summary.prompts + summary.skipped + summary.refused)
 
-        summary = run(opened, setup, chosen, [], complain, ingested, began + budget)
+        summary = run(opened, setup, chosen, [], complain, ingested, began + seconds)
         address = opened.address
     click.echo(
         f"{counted.n_tokens:,} tokens scanned, {len(counted.finds):,} finds kept in {path}. {summary.prompts} prompts "

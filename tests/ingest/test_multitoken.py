@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from click.testing import CliRunner
 
 from atlas.errors import AtlasError
 from atlas.verify import verify
@@ -13,7 +14,7 @@ from ingest.ablation import ablate_first_token
 from ingest.attribution import RULES, attribute
 from ingest.crossing import N_DRAWS, flow, measure
 from ingest.job import circuit_requests, prepare_tasks, run
-from ingest.multitoken import best_spans, chains, false_discovery_rates, find
+from ingest.multitoken import best_spans, chains, false_discovery_rates, find, multitoken
 from ingest.prompts import Prompt
 from ingest.roots import Root
 from ingest.roots import root_table as sweep_table
@@ -185,6 +186,13 @@ def test_what_was_found_outlives_a_later_run(embedded_store, planted):
 def test_a_length_that_cannot_be(embedded_store, planted, length):
     with pytest.raises(AtlasError, match=f"span of {length} tokens cannot be looked for"):
         find(embedded_store, planted, length, 10, ignored)
+
+
+@pytest.mark.parametrize("limit", ["0", "-1"])
+def test_a_limit_that_cannot_be(tmp_path, limit):
+    found = CliRunner().invoke(multitoken, ["--limit", limit, "--store", str(tmp_path / "none")])
+    assert found.exit_code == 2
+    assert f"{limit} is not in the range x>=1" in found.output
 
 
 def test_an_empty_store_and_a_token_alone(embedded_store, planted):

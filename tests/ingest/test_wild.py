@@ -200,6 +200,24 @@ def test_atlas_wild_ingests_and_does_not_do_it_twice(directory, corpus, tmp_path
 
 
 @pytest.mark.parametrize(
+    ("given", "status", "sentence"),
+    [
+        (("--prompts", "0"), 2, "0 is not in the range x>=1"),
+        (("--prompts", "-3"), 2, "-3 is not in the range x>=1"),
+        (("--seconds", "0"), 1, "--seconds 0.0 is no time to stop in"),
+        (("--seconds", "-1"), 1, "--seconds -1.0 is no time to stop in"),
+        (("--seconds", "nan"), 1, "--seconds nan is no time to stop in"),
+        (("--seconds", "inf"), 1, "--seconds inf is no time to stop in"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused_at_once(corpus, tmp_path, given, status, sentence):
+    found = wild("no/such/model", corpus, tmp_path / "store", *given)
+    assert found.exit_code == status, "an AtlasError is 1 here, and 2 through main"
+    assert sentence in found.output + str(found.exception)
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
         ("none", None, "There is no "),
