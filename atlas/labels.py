@@ -104,9 +104,7 @@ def import_labels(
     such as `gpt2-small/tres-dc`, is that of rows whose layer is a bare number without a model. Raises AtlasError,
     before anything is written, when a file or `source` cannot be used.
     """
-    for file in files:
-        _check(file)
-    default = _source(source) if source else None
+    default = _checked(files, source)
     prepare(store)
     summary = Summary()
     rows = chain.from_iterable(_rows(file, complain) for file in files)
@@ -156,6 +154,7 @@ def import_command(files: Sequence[Path], source: str | None, store: str | None)
         left_out += 1
         click.echo(f"Left out: {sentence}.", err=True)
 
+    _checked(files, source)  # before a store is made
     with connect(store) as opened:
         summary = import_labels(opened, files, complain, source)
         address = opened.address
@@ -168,12 +167,15 @@ def import_command(files: Sequence[Path], source: str | None, store: str | None)
         raise AtlasError(f"{left_out} {'row was' if left_out == 1 else 'rows were'} left out, see above.")
 
 
-def _check(file: Path) -> None:
-    try:
-        with _open(file):
-            pass
-    except OSError as error:
-        raise AtlasError(f"{file} cannot be read: {error.strerror or error}.") from error
+def _checked(files: Sequence[Path], source: str | None) -> tuple[str, str] | None:
+    """The model and source that `source` names. Raises AtlasError when a file or `source` cannot be used."""
+    for file in files:
+        try:
+            with _open(file):
+                pass
+        except OSError as error:
+            raise AtlasError(f"{file} cannot be read: {error.strerror or error}.") from error
+    return None if source is None else _source(source)
 
 
 def _source(name: str) -> tuple[str, str]:

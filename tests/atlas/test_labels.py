@@ -234,6 +234,16 @@ def test_the_command(tmp_path: Path) -> None:
         assert stored(opened) == {"gpt2/5/mlp/tres-dc/123": ("dates", ["dates"])}
 
 
+@pytest.mark.parametrize("given", [["missing.jsonl"], ["labels.txt"], ["a.jsonl", "--source", "gpt2-small/x"]])
+def test_nothing_is_made_for_what_cannot_be_imported(tmp_path: Path, given: list[str]) -> None:
+    (tmp_path / "labels.txt").write_bytes(lines(row()))
+    (tmp_path / "a.jsonl").write_bytes(lines(row()))
+    name, *more = given
+    done = CliRunner().invoke(labels, ["import", str(tmp_path / name), *more, "--store", str(tmp_path / "store")])
+    assert isinstance(done.exception, AtlasError)
+    assert not (tmp_path / "store").exists()
+
+
 @pytest.mark.parametrize("name", ["missing.jsonl", "labels.txt", "a.jsonl"])
 def test_files_are_checked_before_anything_is_written(embedded_store: Store, tmp_path: Path, name: str) -> None:
     (tmp_path / "good.jsonl").write_bytes(lines(row()))
