@@ -6,6 +6,7 @@ A row that cannot be used is named with its place and left out; the others go on
 import csv
 import io
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -54,7 +55,7 @@ def read_prompts(file: str, complain: Complain) -> Iterator[Prompt]:
     elif suffix == ".csv":
         yield from _csv_rows(name, text, complain)
     else:
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(re.split("\r\n|\r|\n", text), 1):
             if line.strip():
                 yield Prompt(line, f"{name}:{number}", source=name)
 

@@ -395,6 +395,14 @@ BAD = {
 }
 
 
+def test_a_prompt_ends_where_its_line_does(tmp_path):
+    file, lines = tmp_path / "a.txt", ["one\f\u2028two\x85", "three\v\x1c", "", "four"]
+    for end in ("\n", "\r\n", "\r"):
+        file.write_bytes(end.join(lines).encode())
+        found = [(prompt.text, prompt.where) for prompt in read_prompts(str(file), no_complaint)]
+        assert found == [(lines[0], "a.txt:1"), (lines[1], "a.txt:2"), (lines[3], "a.txt:4")]
+
+
 def test_what_cannot_be_stored_is_left_out(tmp_path):
     file, said = tmp_path / "a.jsonl", []
     file.write_text("\n".join(['{"prompt": "first"}', *BAD, '{"prompt": "last"}']))
