@@ -157,7 +157,8 @@ def ingest(
     prompts = [prompt_given(text) for text in texts]
     prompts += [prompt for file in files for prompt in read_prompts(file, complain)]
     if not prompts:
-        raise AtlasError(f"There is no prompt in {', '.join(files)}.")
+        named = ("standard input" if file == "-" else file for file in files)
+        raise AtlasError(f"There is no prompt in {', '.join(named)}.")
 
     with _Display() as display:
         import torch

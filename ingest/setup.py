@@ -109,8 +109,10 @@ def places_for(name: str, dictionaries: Sequence[str], layers: frozenset[int] | 
         if entry.model != base and not Path(name).is_dir():
             raise AtlasError(f"{entry.name} is for model {entry.model}, not {name}.")
         places += _fetched(entry, layers_of(entry, layers))
-    if not places:
-        raise AtlasError(f"No dictionary is for the layers asked for ({', '.join(map(str, sorted(layers or ())))}).")
+    if not places:  # all are folders: a set without these layers says so itself
+        there = {layer_of(p.folder) for each in chosen or [str(inside)] for p in places_in(Path(each))}
+        asked, known = (", ".join(map(str, sorted(numbers))) for numbers in (layers or (), there))
+        raise AtlasError(f"No dictionary is for the layers asked for ({asked}); there are some for layers {known}.")
     return places
 
 

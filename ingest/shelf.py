@@ -44,13 +44,18 @@ class Shelf:
         found = self._held.pop(folder, None) or open()
         if found.size > self._limit:
             raise AtlasError(
-                f"--memory is too small: {max(0, self._limit) / 1e9:.2f} GB are left for dictionaries (half of what "
-                f"the model leaves; the rest is for prompts), and {folder} takes {found.size / 1e9:.2f} GB."
+                f"--memory is too small: {_said(max(0, self._limit))} are left for dictionaries (half of what "
+                f"the model leaves; the rest is for prompts), and {folder} takes {_said(found.size)}."
             )
         self._held[folder] = found
         while sum(matrices.size for matrices in self._held.values()) > self._limit:
             del self._held[next(iter(self._held))]
         return found
+
+
+def _said(size: float | int) -> str:
+    """Bytes as a person reads them."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
 
 
 def shelf_within(memory: int | None) -> Shelf:

@@ -455,6 +455,9 @@ def test_unknown_rule_threshold_file_and_model(tmp_path, directory):
     assert "cannot be read" in refused(tmp_path, directory, str(tmp_path / "none.txt"))
     assert "No model" in refused(tmp_path, "no/such/model", "--text", "x")
     assert "Nothing to ingest" in refused(tmp_path, directory)
+    assert "There is no prompt in standard input." in refused(tmp_path, directory, "-", stdin="\n")
+    layers = refused(tmp_path, directory, "--text", "x", "--layers", "9,7")
+    assert "layers asked for (7, 9); there are some for layers 0, 1, 2." in layers
 
 
 def test_damaged_weights_and_misfits(tmp_path, directory):

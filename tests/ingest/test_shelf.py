@@ -67,7 +67,7 @@ def test_what_was_asked_for_longest_ago_is_closed_first() -> None:
         take(name)
     assert opened == ["a", "b", "c", "b"]
     shelf = Shelf(79.0)
-    with pytest.raises(AtlasError, match=r"--memory is too small: .* and a takes"):
+    with pytest.raises(AtlasError, match=r"--memory is too small: 0.00 MB are left .* and a takes 0.00 MB"):
         take("a")
 
 
@@ -79,7 +79,11 @@ def test_half_of_what_the_model_leaves_is_for_dictionaries() -> None:
 
 @pytest.mark.parametrize(
     ("size", "sentence"),
-    [("1MB", "--memory is too small"), ("6", "'6' is no size; give one such as 6GB"), ("-6GB", "is no size")],
+    [
+        ("1MB", "--memory is too small: 0.00 MB are left"),
+        ("6", "'6' is no size; give one such as 6GB"),
+        ("-6GB", "is no size"),
+    ],
 )
 def test_a_size_that_cannot_be_is_refused(tmp_path: Path, size: str, sentence: str) -> None:
     directory, store = write_random(tmp_path / "little"), tmp_path / "none"
