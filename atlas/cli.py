@@ -89,6 +89,15 @@ def main() -> None:
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (KeyboardInterrupt, click.Abort):
+    except BaseException as error:
+        if not _interrupted(error):
+            raise
         click.echo("Interrupted.", err=True)
         sys.exit(130)
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind it, also where what was cut short complained while it was cleaned up."""
+    while error and not isinstance(error, KeyboardInterrupt | click.Abort | SystemExit):
+        error = error.__context__
+    return isinstance(error, KeyboardInterrupt | click.Abort)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -44,15 +45,36 @@ def test_bad_input_is_a_sentence(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
-def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupt(**_: object) -> None:
-        raise KeyboardInterrupt
+def _interrupt(**_: object) -> None:
+    raise KeyboardInterrupt
 
+
+def _interrupt_with_a_complaint(**_: object) -> None:
+    try:
+        _interrupt()
+    finally:
+        raise BufferError("what was cut short")  # as the driver does while it closes a connection
+
+
+@pytest.mark.parametrize("interrupt", [_interrupt, _interrupt_with_a_complaint])
+def test_ctrl_c(
+    interrupt: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(cli.atlas, "main", interrupt)
     with pytest.raises(SystemExit) as caught:
         cli.main()
     assert caught.value.code == 130
     assert capsys.readouterr().err == "Interrupted.\n"
+
+
+def test_an_error_of_our_own_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli.atlas, "main", _fail)
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
+
+
+def _fail(**_: object) -> None:
+    raise ZeroDivisionError
 
 
 def test_verify_prints_a_line_a_check_and_says_by_status_what_it_found(tmp_path: Path) -> None:
