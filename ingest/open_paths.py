@@ -42,7 +42,7 @@ from ingest import edges
 from ingest.edges import AttentionTargets, Sources, Targets, depth_of
 from ingest.replacement import ReplacementModel, centre
 
-BLOCK, CELLS = 128, 2**13  # rows, and rows times positions, that a processor carries at once
+BLOCK, CELLS = 128, 2**12  # rows, and rows times positions, that a processor carries at once
 GPU_CELLS = 2**17  # rows times positions that a GPU carries at once: of small products it waits for each
 LOW = 256  # tokens of a prompt up to which the lowest layers' attention is applied to sources
 T = TypeVar("T")
