@@ -67,8 +67,7 @@ def open_edges(
     per_head = [_per_head(at) for at in attention]
     every = Targets(*(torch.cat(c) for c in zip(*(vars(t).values() for t in (targets, *per_head)), strict=True)))
     head = torch.arange(len(every.node) - len(targets.node), device=every.node.device) % n_heads
-    none = sources.node[:0]
-    found = [(none, none, none.double()), *edge_rows(sources, every, model, partial(_strong, every.value))]
+    found = edge_rows(sources, every, model, partial(_strong, every.value))
     row, source, weight = (torch.cat(column) for column in zip(*found, strict=True))
     reading = row < len(targets.node)
     direct = DirectEdges(
@@ -110,7 +109,7 @@ def edge_rows(
 
     @torch.no_grad()
     def work() -> None:
-        carry = _Carry(frozen, max(map(len, blocks), default=0))
+        carry = _Carry(frozen, min(size, len(order)))
         for i, block in todo:
             rows = block[targets.depth[block].argsort(descending=True, stable=True)]
             taken[i] = take(carry.down(rows, targets.depth[rows], targets.position[rows], targets.read[rows]))
@@ -136,7 +135,7 @@ def _strong(
     value: Float[torch.Tensor, " target"], rows: Iterable[EdgeRows]
 ) -> tuple[Int[torch.Tensor, " edge"], Int[torch.Tensor, " edge"], Float[torch.Tensor, " edge"]]:
     """Target, source and weight of the edges that are strong enough to store."""
-    found = [(value.new_zeros(0, dtype=torch.long),) * 2 + (value.new_zeros(0).double(),)]
+    found: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
     for target, source, weight in rows:
         strong = (weight.abs() >= edges.SHARE * value[target, None].abs()) & (weight != 0)
         cell, row, place = strong.nonzero(as_tuple=True)
